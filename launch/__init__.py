@@ -1,0 +1,1 @@
+"""Machines and money: the command line, launching ranks, reports."""

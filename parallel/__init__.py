@@ -1,0 +1,1 @@
+"""Groups and meshes, token dispatch, pipeline schedules, the executor, sharded optimizer engines."""

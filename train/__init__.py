@@ -1,0 +1,1 @@
+"""The model, its data, optimizer schedule, checkpoints, costs, and the training loop."""
