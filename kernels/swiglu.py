@@ -1,0 +1,42 @@
+"""silu(gate) * up, times the routing weight of the row where there is one. Only the input is kept: backward computes the rest again.
+
+R rows   F hidden dim
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu_reference(gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    hidden = F.silu(gate) * up
+    return hidden if weight_R is None else (hidden * weight_R[:, None]).to(gate_up.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, weight_R):
+        ctx.save_for_backward(gate_up, weight_R)
+        gate, up = gate_up.chunk(2, -1)
+        hidden = F.silu(gate).mul_(up)
+        return hidden if weight_R is None else hidden.mul_(weight_R[:, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, weight_R = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        act, grad_weight = F.silu(gate), None
+        if weight_R is not None:
+            grad_weight = (grad * act).mul_(up).sum(-1, dtype=weight_R.dtype)
+            grad = grad * weight_R[:, None].to(grad.dtype)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+        torch.mul(grad, act, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up, grad_weight
+
+
+def swiglu(gate_up_R2F: Tensor, weight_R: Tensor | None = None) -> Tensor:
+    """(R, 2F) holding [gate | up], optional FP32 (R,) -> (R, F) in the input's dtype. Differentiable in both."""
+    return _SwiGLU.apply(gate_up_R2F, weight_R)

@@ -1,0 +1,243 @@
+"""Tokens to the ranks that hold their experts, and back.
+
+A dispatcher answers three questions about one micro-batch's choice of experts: `route` starts finding out how many rows go where,
+`to_experts` sends copies of the tokens, `to_tokens` brings rows back and adds each token's copies. Each of the two exchanges is the
+backward of the other. `Dispatch` and `Combine` are the executor's phases over them.
+
+T tokens on this rank   K top-k   N = T * K copies   D model dim   C payload columns: D and the routing weight
+E experts   e experts on this rank   M copies received   R rows for the experts, padding included
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..conf.schema import Config, ConfigError, choose
+from ..kernels.grouped import RowGroups
+from ..kernels.permute import permute, sum_copies
+from .phases import MicroBatch, Pending
+
+DISPATCHERS = ("local", "alltoall")
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a dispatcher that does not exist or does not fit `parallel.ep`."""
+    choose("parallel.dispatcher", config.parallel.dispatcher, ("auto", *DISPATCHERS))
+    if config.parallel.dispatcher == "local" and config.parallel.ep > 1:
+        raise ConfigError("parallel.dispatcher", "local", f"reaches only this rank's experts, and parallel.ep = {config.parallel.ep}", "alltoall")
+
+
+@dataclass(kw_only=True)
+class Routing:
+    """One micro-batch's choice of experts and, once known, its row maps. Backward uses the same maps again.
+
+    row_of_TK     (T, K)  row in the send buffer (alltoall) or in R (local) that holds token t's k-th copy
+    row_of_M      (M,)    row in R of each received copy, which comes sorted by sender, then expert
+    copy_of_R     (R,)    the received copy (alltoall) or own copy t * K + k (local) in each row, -1 for padding
+    """
+
+    expert_TK: Tensor
+    sent_E: Tensor  # this rank's copies per expert
+    losses: dict[str, Tensor] = field(default_factory=dict)  # the router's, detached: for the record
+    groups: RowGroups | None = None
+    row_of_TK: Tensor | None = None
+    row_of_M: Tensor | None = None
+    copy_of_R: Tensor | None = None
+    order_N: Tensor | None = None  # copies in expert order
+    received_E: Tensor | None = None  # per sender and own expert
+    sent_rows: list[int] = field(default_factory=list)  # per peer
+    received_rows: list[int] = field(default_factory=list)
+    counts_work: Any = None
+
+
+class Dispatcher(Protocol):
+    def route(self, expert_TK: Tensor) -> Routing: ...
+
+    def wait_counts(self, r: Routing) -> None: ...
+
+    def to_experts(self, x_TD: Tensor, weight_TK: Tensor | None, r: Routing, direction: str) -> Pending:
+        """-> rows_RD in expert order, zero where padding, and weight_R (FP32 or wider, None if no weight was given)."""
+        ...
+
+    def to_tokens(self, rows_RD: Tensor, weight_R: Tensor | None, r: Routing, direction: str) -> Pending:
+        """-> each token's rows added (T, D), and weight_TK (or None)."""
+        ...
+
+
+def make_dispatcher(name: str, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup] | None) -> Dispatcher:
+    """`groups`: the expert-parallel group once per direction ("F", "B"), so that both can be in flight. `align`: rows per expert."""
+    if name == "local":
+        return LocalDispatcher(num_experts=num_experts, align=align)
+    assert groups is not None
+    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups)
+
+
+def _pad(sizes: list[int], align: int) -> list[int]:
+    return [-(-n // align) * align for n in sizes]
+
+
+def _padded_rows(expert_sorted: Tensor, sizes: list[int], padded: list[int]) -> Tensor:
+    """Row, in a buffer with `padded[e]` rows per expert, of each copy in expert order: its place plus the padding before it."""
+    starts = torch.tensor(padded).cumsum(0) - torch.tensor(padded) - (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes))
+    return torch.arange(len(expert_sorted), device=expert_sorted.device) + starts.to(expert_sorted.device)[expert_sorted]
+
+
+def _inverse(row_of: Tensor, num_rows: int) -> Tensor:
+    """(num_rows,) holding the index whose row it is, -1 where none."""
+    out = row_of.new_full((num_rows,), -1)
+    return out.index_copy_(0, row_of, torch.arange(len(row_of), device=row_of.device))
+
+
+class LocalDispatcher:
+    """Every expert is on this rank: rows are gathered straight into expert order."""
+
+    def __init__(self, *, num_experts: int, align: int):
+        self.num_experts, self.align = num_experts, align
+
+    def route(self, expert_TK: Tensor) -> Routing:
+        flat_N = expert_TK.flatten()
+        return Routing(expert_TK=expert_TK, sent_E=torch.bincount(flat_N, minlength=self.num_experts))
+
+    def wait_counts(self, r: Routing) -> None:
+        sizes = r.sent_E.tolist()
+        padded = _pad(sizes, self.align)
+        order_N = r.expert_TK.flatten().argsort(stable=True)
+        rows_sorted = _padded_rows(r.expert_TK.flatten()[order_N], sizes, padded)
+        row_of_N = torch.empty_like(order_N).index_copy_(0, order_N, rows_sorted)
+        r.groups, r.row_of_TK, r.copy_of_R = RowGroups.of(padded, order_N.device), row_of_N.view_as(r.expert_TK), _inverse(row_of_N, sum(padded))
+
+    def to_experts(self, x_TD, weight_TK, r, direction):
+        top_k = r.expert_TK.shape[1]
+        rows_RD = permute(x_TD, r.copy_of_R.div(top_k, rounding_mode="floor"))  # floor: -1 stays -1
+        weight_R = None if weight_TK is None else permute(weight_TK.flatten(), r.copy_of_R)
+        return Pending(work=None, finish=lambda: (rows_RD, weight_R))
+
+    def to_tokens(self, rows_RD, weight_R, r, direction):
+        x_TD = sum_copies(rows_RD, r.row_of_TK)
+        weight_TK = None if weight_R is None else weight_R[r.row_of_TK]
+        return Pending(work=None, finish=lambda: (x_TD, weight_TK))
+
+
+class AllToAllDispatcher:
+    """One all-to-all each way over the expert-parallel group, uneven and possibly empty shares.
+
+    send buffer, by expert (so by peer)     received, by peer               rows, by expert, each padded
+    [to rank 0: e0 e0 e1 | to rank 1: e2] → [from 0: e0 e0 e1 | from 1: e0] → [e0 e0 e0 . | e1 . . .]
+
+    Routing weights ride in the same buffer as raw bits of extra columns: one message, and no rounding of FP32 weights to BF16.
+    """
+
+    def __init__(self, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup]):
+        self.num_experts, self.align, self.groups = num_experts, align, groups
+        self.ep = groups["F"].size()
+
+    def route(self, expert_TK: Tensor) -> Routing:
+        flat_N = expert_TK.flatten()
+        sent_E = torch.bincount(flat_N, minlength=self.num_experts)
+        r = Routing(expert_TK=expert_TK, sent_E=sent_E, received_E=torch.empty_like(sent_E))
+        r.counts_work = dist.all_to_all_single(r.received_E, sent_E, group=self.groups["F"], async_op=True)
+        r.order_N = flat_N.argsort(stable=True)
+        row_of_N = torch.empty_like(r.order_N).index_copy_(0, r.order_N, torch.arange(len(flat_N), device=flat_N.device))
+        r.row_of_TK = row_of_N.view_as(expert_TK)
+        return r
+
+    def wait_counts(self, r: Routing) -> None:
+        """Only now does the host know the sizes."""
+        r.counts_work.wait()
+        r.counts_work = None
+        received = r.received_E.view(self.ep, -1)  # (peer, own expert)
+        r.sent_rows, r.received_rows = r.sent_E.view(self.ep, -1).sum(1).tolist(), received.sum(1).tolist()
+        sizes = received.sum(0).tolist()
+        padded = _pad(sizes, self.align)
+        expert_M = torch.arange(received.shape[1], device=received.device).repeat(self.ep).repeat_interleave(received.flatten())
+        order_M = expert_M.argsort(stable=True)
+        rows_sorted = _padded_rows(expert_M[order_M], sizes, padded)
+        r.row_of_M = torch.empty_like(order_M).index_copy_(0, order_M, rows_sorted)
+        r.groups, r.copy_of_R = RowGroups.of(padded, received.device), _inverse(r.row_of_M, sum(padded))
+
+    def to_experts(self, x_TD, weight_TK, r, direction):
+        token_N = r.order_N.div(r.expert_TK.shape[1], rounding_mode="floor")
+        sent = x_TD.index_select(0, token_N)
+        if weight_TK is not None:
+            sent = _attach(sent, weight_TK.flatten().index_select(0, r.order_N))
+        width, wide = x_TD.shape[1], None if weight_TK is None else weight_TK.dtype
+
+        def finish(received_MC):
+            rows_RC = permute(received_MC, r.copy_of_R)
+            return _detach(rows_RC, width, wide)
+
+        return self._exchange(sent, r.received_rows, r.sent_rows, direction).then(finish)
+
+    def to_tokens(self, rows_RD, weight_R, r, direction):
+        sent = rows_RD.index_select(0, r.row_of_M)
+        if weight_R is not None:
+            sent = _attach(sent, weight_R.index_select(0, r.row_of_M))
+        width, wide = rows_RD.shape[1], None if weight_R is None else weight_R.dtype
+
+        def finish(received_NC):
+            rows_ND, weight_N = _detach(received_NC, width, wide)
+            weight_TK = None if weight_N is None else weight_N[r.row_of_TK]
+            return sum_copies(rows_ND, r.row_of_TK), weight_TK
+
+        return self._exchange(sent, r.sent_rows, r.received_rows, direction).then(finish)
+
+    def _exchange(self, rows: Tensor, out_rows: list[int], in_rows: list[int], direction: str) -> Pending:
+        out = rows.new_empty(sum(out_rows), rows.shape[1])
+        work = dist.all_to_all_single(out, rows, out_rows, in_rows, group=self.groups[direction], async_op=True)
+        return Pending(work=work, finish=lambda keep=rows: (out,))  # `rows` must live until the exchange is over
+
+
+def _attach(rows_ND: Tensor, weight_N: Tensor) -> Tensor:
+    return torch.cat([rows_ND, weight_N[:, None].contiguous().view(rows_ND.dtype)], 1)
+
+
+def _detach(rows_NC: Tensor, width: int, weight_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    if weight_dtype is None:
+        return rows_NC, None
+    return rows_NC[:, :width].contiguous(), rows_NC[:, width:].contiguous().view(weight_dtype).view(-1)
+
+
+class Dispatch:
+    """h, u, weight_TK, r -> h, u, rows_RD, weight_R, r. `u` also goes as it is to the shared expert: its two gradients meet here.
+
+    `observe(routing)` is called once per counted micro-batch: here, and not in the router, so that recompute cannot count twice.
+    """
+
+    name = "dispatch"
+
+    def __init__(self, dispatcher: Dispatcher, observe: Callable[[Routing], None]):
+        self.dispatcher, self.observe = dispatcher, observe
+
+    def forward(self, saved: list | None, batch: MicroBatch, h_TD, u_TD, weight_TK, r) -> Pending:
+        if batch.counted:
+            self.observe(r)
+        if saved is not None:
+            saved.append(r)
+        self.dispatcher.wait_counts(r)
+        return self.dispatcher.to_experts(u_TD, weight_TK, r, "F").then(lambda rows, weight: (h_TD, u_TD, rows, weight, r))
+
+    def backward(self, saved: list, grad_h, grad_u, grad_RD, grad_R, _) -> Pending:
+        return self.dispatcher.to_tokens(grad_RD, grad_R, saved.pop(), "B").then(
+            lambda grad_TD, grad_TK: (grad_h, grad_TD if grad_u is None else grad_u + grad_TD, grad_TK, None)
+        )
+
+
+class Combine:
+    """y_TD, rows_RD, r -> y_TD + each token's rows."""
+
+    name = "combine"
+
+    def __init__(self, dispatcher: Dispatcher):
+        self.dispatcher = dispatcher
+
+    def forward(self, saved: list | None, batch: MicroBatch, y_TD, rows_RD, r) -> Pending:
+        if saved is not None:
+            saved.append(r)
+        return self.dispatcher.to_tokens(rows_RD, None, r, "F").then(lambda x_TD, _: (y_TD + x_TD,))
+
+    def backward(self, saved: list, grad_TD) -> Pending:
+        return self.dispatcher.to_experts(grad_TD, None, saved.pop(), "B").then(lambda rows_RD, _: (grad_TD, rows_RD, None))
