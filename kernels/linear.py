@@ -14,19 +14,23 @@ class _Linear(torch.autograd.Function):
     """The store is an argument, not a context variable: on CUDA, autograd runs backward in another thread."""
 
     @staticmethod
-    def forward(ctx, rows_RI, weight_OI, store):
+    def forward(ctx, rows_RI, weight_OI, store, compute_dtype):
         ctx.save_for_backward(rows_RI)
-        ctx.weight, ctx.store = weight_OI, store
-        return F.linear(rows_RI, weight_OI)
+        ctx.weight, ctx.store, ctx.compute_dtype = weight_OI, store, compute_dtype
+        return F.linear(rows_RI, weight_OI.to(compute_dtype))
 
     @staticmethod
     def backward(ctx, grad_RO):
         (rows_RI,), weight = ctx.saved_tensors, ctx.weight
         grad_RO = grad_RO.contiguous()  # also where it arrives expanded
         ctx.store.append(lambda: add_outer(weight.main_grad, grad_RO, rows_RI))
-        return torch.mm(grad_RO, weight) if ctx.needs_input_grad[0] else None, None, None
+        grad_RI = torch.mm(grad_RO, weight.to(ctx.compute_dtype)) if ctx.needs_input_grad[0] else None
+        return grad_RI, None, None, None
 
 
-def linear(rows_RI: Tensor, weight_OI: Tensor, store: WeightGradStore) -> Tensor:
-    """(R, I) x (O, I) -> (R, O), in the rows' dtype. Backward appends one closure to `store`, which adds into `weight.main_grad`."""
-    return _Linear.apply(rows_RI, weight_OI, store)
+def linear(rows_RI: Tensor, weight_OI: Tensor, store: WeightGradStore, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """(R, I) x (O, I) -> (R, O), in the rows' dtype. Backward appends one closure to `store`, which adds into `weight.main_grad`.
+
+    `compute_dtype`: a BF16 weight is widened to it on the fly (the router's gate); the rows must have it already.
+    """
+    return _Linear.apply(rows_RI, weight_OI, store, compute_dtype or weight_OI.dtype)

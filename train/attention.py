@@ -1,0 +1,52 @@
+"""Multi-head latent attention (DeepSeek-V2 §2.1): keys and values of all heads come from one small latent, position from a shared key.
+
+T = B * S tokens   D model dim   H heads   Q = nope + rope query/key head dim   V value head dim   L latent ranks
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..conf.schema import ModelConfig
+from ..kernels.attention import causal_attention
+from ..kernels.linear import linear
+from ..kernels.rms_norm import rms_norm
+from ..kernels.weight_grad import WeightGradStore
+from .rope import rotate, softmax_scale
+
+LATENT_NORM_EPS = 1e-6  # of the norms on the latents, whatever the model's norm_eps: as released
+
+
+class Attention(nn.Module):
+    """The three projections that read the block's input are one matrix, `qkv_a`: [q or its latent | kv latent | shared rotary key]."""
+
+    def __init__(self, m: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.m, self.scale = m, softmax_scale(m)
+        new = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=dtype))
+        q_width = m.num_heads * m.qk_head_dim
+        self.qkv_a = new((m.q_lora_rank or q_width) + m.kv_lora_rank + m.qk_rope_head_dim, m.dim)
+        if m.q_lora_rank:
+            self.q_norm, self.q_b = new(m.q_lora_rank), new(q_width, m.q_lora_rank)
+        self.kv_norm = new(m.kv_lora_rank)
+        self.kv_b = new(m.num_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank)
+        self.out = new(m.dim, m.num_heads * m.v_head_dim)
+
+    def forward(self, u_TD: Tensor, turns_SP: Tensor, store: WeightGradStore) -> Tensor:
+        """(T, D) whole sequences of S = len(turns) -> (T, D)."""
+        m, seq_len = self.m, len(turns_SP)
+        q, kv, k_rope = linear(u_TD, self.qkv_a, store).split([m.q_lora_rank or self.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
+        if m.q_lora_rank:
+            q = linear(rms_norm(q, self.q_norm, LATENT_NORM_EPS), self.q_b, store)
+        kv = linear(rms_norm(kv, self.kv_norm, LATENT_NORM_EPS), self.kv_b, store)
+
+        q_nope, q_rope = q.view(-1, seq_len, m.num_heads, m.qk_head_dim).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
+        k_nope, v = kv.view(-1, seq_len, m.num_heads, m.qk_nope_head_dim + m.v_head_dim).split([m.qk_nope_head_dim, m.v_head_dim], -1)
+        k_rope = rotate(k_rope.view(-1, seq_len, 1, m.qk_rope_head_dim), turns_SP).expand(-1, -1, m.num_heads, -1)
+        q = torch.cat([q_nope, rotate(q_rope, turns_SP)], -1).transpose(1, 2)
+        k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)
+        mixed_BHSV = causal_attention(q, k, v.transpose(1, 2), self.scale)
+        return linear(mixed_BHSV.transpose(1, 2).reshape(len(u_TD), -1), self.out, store)
+
+    @property
+    def q_width(self) -> int:
+        return self.m.num_heads * self.m.qk_head_dim

@@ -1,0 +1,134 @@
+"""Routing and experts of a mixture-of-experts block (DeepSeek-V3 §2.1.2).
+
+T tokens   D model dim   F expert hidden dim   E experts   e experts on this rank   K top-k   G groups   R rows after dispatch
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..conf.schema import ModelConfig
+from ..kernels.grouped import RowGroups, grouped_linear
+from ..kernels.linear import linear
+from ..kernels.swiglu import swiglu
+from ..kernels.weight_grad import WeightGradStore
+from ..parallel.dispatch import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """What keeps experts equally used, beside the selection bias: coefficients of the sequence-wise balance loss and the z-loss.
+
+    `token_weight` is what one token's loss is multiplied by in backward (1 / the micro-batch's nominal number of tokens), so that the
+    router's losses, means over tokens, stand to the language loss as they should.
+    """
+
+    sequence_coef: float
+    z_coef: float
+    token_weight: float
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on the first argument whose backward also asks for the gradient of `loss`."""
+
+    @staticmethod
+    def forward(ctx, value, loss):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_ones(())
+
+
+class Router(nn.Module):
+    """Sigmoid scores; selection by score + bias inside each token's best groups; weights from the scores alone."""
+
+    def __init__(self, m: ModelConfig, balance: Balance, dtype: torch.dtype):
+        super().__init__()
+        self.m, self.balance = m, balance
+        self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
+        self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
+
+    def forward(self, u_TD: Tensor, seq_len: int, store: WeightGradStore) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(T, D) -> weight_TK (FP32 or wider, differentiable), expert_TK (int64), the detached losses by name."""
+        logits_TE = _gate(u_TD, self.weight, store)
+        score_TE = logits_TE.sigmoid()
+        expert_TK = self.select(score_TE.detach())
+        weight_TK = score_TE.gather(1, expert_TK)
+        if self.m.norm_topk:
+            weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)
+        weight_TK = weight_TK * self.m.route_scale
+        balance = sequence_balance_loss(score_TE, expert_TK, seq_len)
+        z = logits_TE.logsumexp(1).square().sum()
+        b, num_tokens = self.balance, len(u_TD)
+        if torch.is_grad_enabled() and (b.sequence_coef or b.z_coef):
+            weight_TK = _AttachLoss.apply(weight_TK, b.token_weight * (b.sequence_coef * balance * seq_len + b.z_coef * z))
+        return weight_TK, expert_TK, {"balance": balance.detach() * seq_len, "z": z.detach(), "tokens": z.new_tensor(num_tokens)}
+
+    def select(self, score_TE: Tensor) -> Tensor:
+        """Top-k of score + bias, from the `num_limited_groups` groups whose two best experts add up highest."""
+        m, choice_TE = self.m, score_TE + self.bias
+        if m.num_limited_groups < m.num_groups:
+            choice_TGe = choice_TE.view(-1, m.num_groups, m.num_experts // m.num_groups)
+            best_TL = choice_TGe.topk(2, 2).values.sum(2).topk(m.num_limited_groups, 1).indices
+            closed_TG = torch.ones_like(choice_TGe[:, :, 0], dtype=torch.bool).scatter_(1, best_TL, False)
+            choice_TE = choice_TGe.masked_fill(closed_TG[:, :, None], -torch.inf).flatten(1)
+        return choice_TE.topk(m.top_k, 1).indices
+
+
+def _gate(u_TD: Tensor, weight_ED: Tensor, store: WeightGradStore) -> Tensor:
+    """Logits in FP32 or wider, whatever the dtype of tokens and weight."""
+    wide = torch.promote_types(u_TD.dtype, torch.float32)
+    return linear(u_TD.to(wide), weight_ED, store, compute_dtype=wide)
+
+
+def sequence_balance_loss(score_TE: Tensor, expert_TK: Tensor, seq_len: int) -> Tensor:
+    """Sum over the sequences of sum_i f_i P_i (equations 17-20, without alpha): 1 where use is even, E / K where one set takes all.
+
+    f_i: share of expert i in the sequence's choices, times E / K; P_i: mean normalised score. f has no gradient.
+    """
+    num_experts, top_k = score_TE.shape[1], expert_TK.shape[1]
+    share_BE = (score_TE / score_TE.sum(1, keepdim=True)).view(-1, seq_len, num_experts).mean(1)
+    chosen_BE = torch.zeros_like(share_BE).scatter_add_(
+        1, expert_TK.view(len(share_BE), -1), torch.ones_like(expert_TK, dtype=share_BE.dtype).view(len(share_BE), -1)
+    )
+    return (chosen_BE * (num_experts / (top_k * seq_len)) * share_BE).sum()
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: a dense block's, or the shared experts' (which are one wider MLP)."""
+
+    def __init__(self, dim: int, hidden_dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * hidden_dim, dim, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(dim, hidden_dim, dtype=dtype))
+
+    def forward(self, u_TD: Tensor, store: WeightGradStore) -> Tensor:
+        return linear(swiglu(linear(u_TD, self.gate_up, store)), self.down, store)
+
+
+class Experts(nn.Module):
+    """This rank's routed experts, stacked. The routing weight is applied before the down-projection, so combine only adds."""
+
+    def __init__(self, num_local: int, dim: int, hidden_dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_local, 2 * hidden_dim, dim, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(num_local, dim, hidden_dim, dtype=dtype))
+
+    def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, store: WeightGradStore) -> Tensor:
+        hidden_RF = swiglu(grouped_linear(rows_RD, self.gate_up, groups, store), weight_R)
+        return grouped_linear(hidden_RF, self.down, groups, store)
+
+
+@dataclass(kw_only=True)
+class RouterStats:
+    """What one MoE layer's router did since the last `take`: copies per expert on this rank, and sums of its losses over tokens."""
+
+    load_E: Tensor  # int64
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def observe(self, r: Routing) -> None:
+        self.load_E += r.sent_E
+        for name, value in r.losses.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
