@@ -1,0 +1,149 @@
+"""Runs one rank's list of actions over stages made of phases. There is no other way that anything is computed here: one process,
+1F1B and every later schedule are the same code with different lists.
+
+A stage's forward and backward are generators that yield after each collective they issue. An action with one op runs its generator
+to the end; an action with two advances them in turn, backward first, so that one's collective flies under the other's compute.
+A compute phase's weight gradients run right after the *next* collective of its backward was issued (B), or wait for their W action.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.weight_grad import WeightGradStore
+from .groups import Mesh
+from .phases import ComputePhase, MicroBatch, Pending
+from .schedule import Action, Op
+
+
+class Executor:
+    """`stages[s]`: the phases of each stage held here; `actions`: this rank's list; `boundary(T)`: an empty (T, D) to receive into."""
+
+    def __init__(
+        self, *, stages: dict[int, list], mesh: Mesh, actions: Sequence[Action], store: WeightGradStore, boundary: Callable[[int], Tensor]
+    ):
+        self.stages, self.mesh, self.actions, self.store, self.boundary = stages, mesh, actions, store, boundary
+        self.num_stages = len(mesh.placement)
+
+    @torch.no_grad()
+    def step(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Every micro-batch forward and backward, into the weights' `main_grad`. Returns this rank's sum of the last phase's outputs
+        (the scaled losses; FP64, zero where this rank does not hold the last stage)."""
+        return self._run(self.actions, batches, training=True)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """The same sum, forward only. `batches` as many as in `step`."""
+        forward = [kept for action in self.actions if (kept := tuple(op for op in action if op.kind == "F"))]
+        return self._run(forward, batches, training=False)
+
+    def _run(self, actions: Sequence[Action], batches: Sequence[MicroBatch], training: bool) -> Tensor:
+        run = _Step(self, batches, training)
+        for action, upcoming in zip([(), *actions], [*actions, ()]):
+            run.post_receives(upcoming)  # one action ahead, so that it arrives under this one
+            interleave([run.start(op) for op in reversed(action)])  # backward first
+        return run.finish()
+
+
+def interleave(running: list[Iterator[None]]) -> None:
+    """Advance generators in turn until all are done."""
+    done = object()
+    while running:
+        running = [g for g in running if next(g, done) is not done]
+
+
+class _Step:
+    """The state of one pass over the action list: what has arrived, what forward saved, what weight gradients wait."""
+
+    def __init__(self, executor: Executor, batches: Sequence[MicroBatch], training: bool):
+        self.executor, self.mesh, self.batches, self.training = executor, executor.mesh, batches, training
+        self.loss: Any = 0.0
+        self.inbox: dict[Op, Pending] = {}  # F: a stage's input; B: the gradient of its output
+        self.saved: dict[tuple[int, int], list] = {}
+        self.deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self.sent: list[tuple[Any, Tensor]] = []  # tensors live until their sends are over
+
+    def start(self, op: Op) -> Iterator[None]:
+        if op.kind == "F":
+            return self._forward(op)
+        return self._weights(op) if op.kind == "W" else self._backward(op)
+
+    def finish(self) -> Tensor:
+        for work, _ in self.sent:
+            work.wait()
+        left = [name for name in ("inbox", "saved", "deferred") if getattr(self, name)] + ["weight gradients"] * bool(len(self.executor.store))
+        assert not left, f"the action list ended with work left over: {left}"
+        return torch.as_tensor(self.loss, dtype=torch.float64)
+
+    def _forward(self, op: Op) -> Iterator[None]:
+        batch, key = self.batches[op.micro_batch], (op.stage, op.micro_batch)
+        saved = self.saved.setdefault(key, []) if self.training else None
+        values = self.inbox.pop(op).wait() if op.stage else (batch.tokens_BS,)
+        for phase in self.executor.stages[op.stage]:
+            if isinstance(phase, ComputePhase):
+                values = phase.forward(saved, batch, *values)
+            else:
+                arriving = phase.forward(saved, batch, *values)
+                yield
+                values = arriving.wait()
+        (out,) = values
+        if op.stage < self.executor.num_stages - 1:
+            self._hand_over("F", op, op.stage + 1, out)
+        else:
+            self.loss = self.loss + out.double()
+            if self.training:
+                one = torch.ones_like(out)
+                self.inbox[Op("B", *key)] = Pending(work=None, finish=lambda: (one,))
+
+    def _backward(self, op: Op) -> Iterator[None]:
+        key = (op.stage, op.micro_batch)
+        grads, saved, store, waiting = self.inbox.pop(Op("B", *key)).wait(), self.saved.pop(key), self.executor.store, []
+        for phase in reversed(self.executor.stages[op.stage]):
+            if isinstance(phase, ComputePhase):
+                grads = phase.backward(saved, *grads)
+                waiting += store.take()
+            else:
+                arriving = phase.backward(saved, *grads)
+                if op.kind == "B":
+                    run_all(waiting)
+                yield
+                grads = arriving.wait()
+        if op.stage:
+            self._hand_over("B", op, op.stage - 1, grads[0])
+        if op.kind == "B":
+            run_all(waiting)
+        else:
+            self.deferred[key] = waiting
+
+    def _weights(self, op: Op) -> Iterator[None]:
+        run_all(self.deferred.pop((op.stage, op.micro_batch)))
+        yield
+
+    # ------------------------------------------------------------ between stages
+
+    def _hand_over(self, kind: str, op: Op, stage: int, tensor: Tensor) -> None:
+        if self.mesh.placement[stage] == self.mesh.pp_rank:
+            self.inbox[Op(kind, stage, op.micro_batch)] = Pending(work=None, finish=lambda: (tensor,))
+        else:
+            rank, group = self.mesh.flow(kind, op.stage, stage)
+            tensor = tensor.contiguous()
+            self.sent.append((dist.isend(tensor, rank, group=group), tensor))
+
+    def post_receives(self, action: Action) -> None:
+        for op in action:
+            kind, source = ("F", op.stage - 1) if op.kind == "F" else ("B", op.stage + 1)
+            if op.kind == "W" or not 0 <= source < self.executor.num_stages or self.mesh.placement[source] == self.mesh.pp_rank:
+                continue
+            rank, group = self.mesh.flow(kind, op.stage, source)
+            buffer = self.executor.boundary(self.batches[op.micro_batch].num_tokens)
+            work = dist.irecv(buffer, rank, group=group)
+            self.inbox[Op(kind, op.stage, op.micro_batch)] = Pending(work=work, finish=lambda buffer=buffer: (buffer,))
+
+
+def run_all(closures: list[Callable[[], None]]) -> None:
+    for closure in closures:
+        closure()
+    closures.clear()
