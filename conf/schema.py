@@ -1,27 +1,33 @@
-"""Every field a run has, and the rules between fields that need no knowledge of schedules or kernels.
+"""Every field a run has, by section, with its unit and its default.
 
-Hydra composes the dataclasses while they are mutable; `resolve` checks them and returns them frozen. All code past the command
-line receives these objects, never a `DictConfig`. Rules owned elsewhere (schedules, dispatchers) are called by `launch/validate.py`.
+`conf/rules.py` has the rules between fields, `conf/compose.py` fills these classes from YAML and the command line, checks them and
+freezes them. All code past the command line receives a frozen `Config`, never a `DictConfig`.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
-from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
+
+from .errors import ConfigError, choose, closest, divisors
+
+__all__ = [
+    "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "LaunchConfig", "ModelConfig", "OptimConfig",
+    "ParallelConfig", "PrecisionConfig", "Section", "SourceConfig", "TokenizerConfig", "TrainConfig", "YarnConfig",
+    "choose", "closest", "divisors",
+]  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """One thing wrong in a configuration: `field`, its value, the rule, and (where there is one) the nearest valid value."""
+class Fixed(dict):
+    """A dictionary of a frozen configuration: it can be read, copied and pickled, not changed."""
 
-    def __init__(self, field: str, value: Any, rule: str, nearest: Any = None):
-        self.field, self.value, self.rule, self.nearest = field, value, rule, nearest
-        super().__init__(f"{field} = {value}: {rule}" + (f"; nearest valid value: {nearest}" if nearest is not None else ""))
+    def _refuse(self, *_, **__):
+        raise dataclasses.FrozenInstanceError("this dictionary belongs to a frozen configuration: use dataclasses.replace before the run starts")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __reduce__(self):
+        return type(self), (dict(self),)
 
 
 class Section:
@@ -33,6 +39,7 @@ class Section:
             if isinstance(value, dict):
                 for item in value.values():
                     item.freeze() if isinstance(item, Section) else None
+                object.__setattr__(self, f.name, Fixed(value))
             elif isinstance(value, Section):
                 value.freeze()
             elif isinstance(value, list):
@@ -143,11 +150,13 @@ class SourceConfig(Section):
 
     kind: str = MISSING  # stdlib | files | hf | synthetic
     weight: float = 1.0
-    paths: list[str] = field(default_factory=list)  # files: globs of .txt .jsonl .parquet (also .gz)
+    paths: list[str] = field(default_factory=list)  # files: folders or globs of .txt .jsonl .parquet (.txt and .jsonl also .gz)
+    sample_by: str = "document"  # files, .txt: a document is a whole file (document), a line, or a paragraph between blank lines
     column: str = "text"
     dataset: str = ""  # hf: name on the Hub, or a folder
     subset: str = ""
     split: str = "train"
+    revision: str = ""  # hf: branch, tag or commit; empty: main, as it was when the cache was first built
     streaming: bool = False
     max_documents: int = 0  # 0: all
     num_documents: int = 0  # synthetic: how many to make
@@ -159,6 +168,7 @@ class TokenizerConfig(Section):
 
     kind: str = "bpe"
     path: str = ""
+    end_of_document: str = ""  # file: the token that ends a document; empty: the usual spellings are tried
     vocab_size: int = 0  # bpe; 0: the model's
 
 
@@ -261,152 +271,3 @@ class Config(Section):
     def num_micro_batches(self) -> int:
         """Of each pipeline (data-parallel rank) in one optimizer step."""
         return self.sequences_per_step // (self.parallel.dp * self.train.micro_batch_sequences)
-
-
-def register() -> None:
-    """Give Hydra the schema, once per process and idempotent."""
-    ConfigStore.instance().store(name="schema", node=Config)
-
-
-def resolve(composed: DictConfig) -> Config:
-    """The checked, frozen configuration. Raises ConfigError on a missing value, a wrong type or a broken rule."""
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(error.full_key or "config", "???", str(error).splitlines()[0]) from None
-    assert isinstance(config, Config)
-    check(config)
-    return config.freeze()
-
-
-def nearest_key(key: str, schema: Any = Config) -> str | None:
-    """The known dotted key most like an unknown one."""
-    return next(iter(difflib.get_close_matches(key, known_keys(schema), n=1, cutoff=0.4)), None)
-
-
-def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema; sources and peak_tflops are open dictionaries."""
-    keys = []
-    hints = {f.name: f.default_factory for f in dataclasses.fields(schema)}
-    for name, factory in hints.items():
-        keys.append(prefix + name)
-        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
-            keys += known_keys(factory, prefix + name + ".")
-    return keys
-
-
-# ---------------------------------------------------------------- rules
-
-
-def check(c: Config) -> None:
-    """Ranges of single fields first, then rules between fields: the first that fails is raised."""
-    _check_ranges(c)
-    _check_model(c.model)
-    _check_layout(c)
-    _check_batch(c)
-
-
-def closest(value: int, candidates) -> int:
-    return min(candidates, key=lambda n: (abs(n - value), n))
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _check_ranges(c: Config) -> None:
-    positive = [
-        *(f"model.{n}" for n in ("num_layers dim vocab_size max_seq_len num_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-          "dense_hidden_dim num_experts top_k expert_hidden_dim num_groups num_limited_groups rope_theta norm_eps route_scale "
-          "yarn.original_max_seq_len").split()),
-        *(f"parallel.{n}" for n in "pp edp ep chunks".split()),
-        *"data.seq_len optim.lr optim.eps train.steps train.global_batch_tokens train.micro_batch_sequences train.eval_sequences".split(),
-        *"checkpoint.keep_last launch.threads launch.timeout_s launch.log_interval data.workers".split(),
-    ]  # fmt: skip
-    not_negative = [
-        *"model.num_dense_layers model.num_shared_experts model.q_lora_rank model.init_std optim.final_lr optim.warmup_steps".split(),
-        *"optim.constant_steps optim.decay_steps optim.weight_decay optim.bias_update_speed optim.sequence_balance_coef".split(),
-        *"optim.z_loss_coef train.eval_interval train.stop_after train.seed checkpoint.interval cluster.price_per_gpu_hour".split(),
-    ]
-    for name in positive:
-        value = _get(c, name)
-        if not value > 0:
-            raise ConfigError(name, value, "must be positive", 1 if isinstance(value, int) else None)
-    for name in not_negative:
-        value = _get(c, name)
-        if not value >= 0:
-            raise ConfigError(name, value, "must not be negative", 0)
-    for name, low, high in (("optim.beta1", 0, 1), ("optim.beta2", 0, 1), ("data.eval_fraction", 0, 1), ("data.max_bad_fraction", 0, 1)):
-        if not low <= _get(c, name) < high:
-            raise ConfigError(name, _get(c, name), f"must lie in [{low}, {high})")
-    if not c.optim.clip > 0:
-        raise ConfigError("optim.clip", c.optim.clip, "must be positive (a very large value never clips)", 1.0)
-    if not c.model.yarn.factor >= 1:
-        raise ConfigError("model.yarn.factor", c.model.yarn.factor, "must be at least 1 (1 is plain RoPE)", 1.0)
-    for name, allowed in {
-        "precision.compute": ("fp32", "bf16", "fp64"), "optim.engine": ("whole", "deepspeed"), "data.tokenizer.kind": ("bytes", "bpe", "file"),
-        "launch.device": ("auto", "cpu", "cuda"), "launch.wandb": ("disabled", "offline", "online"),
-        **{f"data.sources.{s}.kind": ("stdlib", "files", "hf", "synthetic") for s in c.data.sources},
-    }.items():  # fmt: skip
-        choose(name, _get(c, name), allowed)
-    for name, source in c.data.sources.items():
-        if not source.weight > 0:
-            raise ConfigError(f"data.sources.{name}.weight", source.weight, "must be positive")
-
-
-def choose(name: str, value: str, allowed) -> None:
-    """Raise unless `value` is one of `allowed`."""
-    if value not in allowed:
-        nearest = next(iter(difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)), None)
-        raise ConfigError(name, value, f"must be one of {', '.join(allowed)}", nearest)
-
-
-def _check_model(m: ModelConfig) -> None:
-    if m.qk_rope_head_dim % 2:
-        raise ConfigError("model.qk_rope_head_dim", m.qk_rope_head_dim, "must be even: rotary embedding turns pairs", m.qk_rope_head_dim + 1)
-    if m.num_dense_layers > m.num_layers:
-        raise ConfigError("model.num_dense_layers", m.num_dense_layers, f"must not exceed num_layers = {m.num_layers}", m.num_layers)
-    if m.num_experts % m.num_groups:
-        raise ConfigError("model.num_groups", m.num_groups, f"must divide num_experts = {m.num_experts}",
-                          closest(m.num_groups, divisors(m.num_experts)))  # fmt: skip
-    if m.num_limited_groups > m.num_groups:
-        raise ConfigError("model.num_limited_groups", m.num_limited_groups, f"must not exceed num_groups = {m.num_groups}", m.num_groups)
-    if m.num_groups > 1 and m.num_experts // m.num_groups < 2:
-        groups = [d for d in divisors(m.num_experts) if d == 1 or m.num_experts // d >= 2]
-        raise ConfigError("model.num_groups", m.num_groups, "a group is ranked by its two best experts, so it needs two",
-                          closest(m.num_groups, groups))  # fmt: skip
-    reachable = m.num_experts // m.num_groups * m.num_limited_groups
-    if m.top_k > reachable:
-        raise ConfigError("model.top_k", m.top_k, f"must not exceed the {reachable} experts of {m.num_limited_groups} group(s)", reachable)
-
-
-def _check_layout(c: Config) -> None:
-    m, p = c.model, c.parallel
-    if m.num_moe_layers and m.num_experts % p.ep:
-        raise ConfigError("parallel.ep", p.ep, f"must divide model.num_experts = {m.num_experts}", closest(p.ep, divisors(m.num_experts)))
-    if p.num_stages > m.num_layers:
-        raise ConfigError("parallel.pp" if p.chunks == 1 else "parallel.chunks", p.pp if p.chunks == 1 else p.chunks,
-                          f"{p.pp} ranks x {p.chunks} chunk(s) need as many blocks, model.num_layers = {m.num_layers}",
-                          m.num_layers if p.chunks == 1 else max(1, m.num_layers // p.pp))  # fmt: skip
-
-
-def _check_batch(c: Config) -> None:
-    s, t, dp = c.data.seq_len, c.train, c.parallel.dp
-    limit = c.model.max_seq_len
-    if s > limit:
-        raise ConfigError("data.seq_len", s, f"must not exceed model.max_seq_len = {limit}", limit)
-    unit = s * dp * t.micro_batch_sequences
-    if t.global_batch_tokens % unit:
-        raise ConfigError("train.global_batch_tokens", t.global_batch_tokens,
-                          f"must be a multiple of seq_len x dp x micro_batch_sequences = {s} x {dp} x {t.micro_batch_sequences} = {unit}",
-                          max(1, round(t.global_batch_tokens / unit)) * unit)  # fmt: skip
-    o = c.optim
-    if o.decay_steps == 0 and o.warmup_steps + o.constant_steps > t.steps:
-        raise ConfigError("optim.warmup_steps", o.warmup_steps, f"warm-up and constant steps must fit in train.steps = {t.steps}",
-                          max(0, t.steps - o.constant_steps))  # fmt: skip
-
-
-def _get(c: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        c = c[name] if isinstance(c, dict) else getattr(c, name)
-    return c
