@@ -1,74 +1,174 @@
 """From command-line words to a configuration: Hydra composes, and its complaints become one sentence each."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .schema import Config, ConfigError, nearest_key, register, resolve
+from .build import build, is_known, nearest_key
+from .errors import ConfigError, UnknownKey, most_like
+from .rules import check
+from .schema import Config
 
 
-def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
-    """The composed, unchecked configuration of overrides such as `model=small` or `optim.lr=3e-4`.
+def load(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """The checked, frozen configuration of overrides such as `model=small` or `optim.lr=3e-4`.
 
     `config_dir` is a folder with groups or experiments of your own, searched after the package's.
-    Raises ConfigError for an unknown key, group or value type, naming the nearest known key.
+    Raises ConfigError for an unknown key (naming the nearest known one), group, type, missing value or broken rule.
     """
-    register()
-    words = list(overrides)
+    return _finish(compose(overrides, config_dir))
+
+
+def load_saved(path: str | Path) -> Config:
+    """The configuration that a run wrote to its directory. Raises ConfigError as `load` does."""
+    try:
+        return _finish(OmegaConf.merge(_defaults(), OmegaConf.load(path)))
+    except OSError as error:
+        raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise _yaml_error(error) from None
+
+
+def to_yaml(config: Config) -> str:
+    """As `load_saved` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> DictConfig:
+    """What Hydra makes of the words and the YAML groups: values neither typed nor checked yet."""
+    words = _words(overrides, config_dir)
     if config_dir is not None:
-        words.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+        if not Path(config_dir).is_dir():
+            raise ConfigError("--config-dir", str(config_dir), "no such folder")
+        words.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
+    # The schema's defaults enter as plain values: conf/build.py holds the result against the types, whatever it came from.
+    ConfigStore.instance().store(name="schema", node=_defaults())
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("shoestring.conf", version_base="1.3"):
             return hydra_compose("config", overrides=words)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error) from None
+    except MissingConfigException as error:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        options = list(error.options or [])
+        raise ConfigError(group, choice, f"no such choice; there are {', '.join(options)}", most_like(choice, options)) from None
+    except yaml.YAMLError as error:
+        raise _yaml_error(error) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _hydra_error(error, overrides) from None
 
 
-def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
-    """Compose, check and freeze."""
-    return resolve(compose(overrides, config_dir))
+def _finish(composed: DictConfig) -> Config:
+    try:
+        tree = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(error.full_key or "config", str(error.child_node), str(error.msg).splitlines()[0]) from None
+    config = build(_packaged(tree))
+    check(config)
+    return config.freeze()
 
 
-def load_saved(path: str | Path) -> Config:
-    """The configuration that a run wrote to its directory."""
-    return resolve(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+def _defaults() -> DictConfig:
+    return OmegaConf.create(_plain(Config()))
 
 
-def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(_thaw(config)))
-
-
-def _thaw(config: Config) -> Config:
-    """OmegaConf wants lists where the frozen configuration has tuples."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _plain(config)))
-
-
-def _plain(value):
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _explain(error: Exception) -> ConfigError:
-    text = str(error.__cause__ or error)
-    if found := re.search(r"Could not override '([^']+)'", str(error)) or re.search(r"full_key: (\S+)", text):
-        key = found[1]
-        if "not in" in text or "is not in struct" in text:
-            return ConfigError(key, "?", "no such key", nearest_key(key))
-        return ConfigError(key, "?", text.splitlines()[0])
-    if found := re.search(r"Could not find '([^']+)'", text):
-        options = re.findall(r"^\t(\S+)$", text, re.M)
-        return ConfigError(found[1].rpartition("/")[0] or found[1], found[1].rpartition("/")[2], f"no such choice; there are: {', '.join(options)}")
-    if found := re.search(r"Could not override '([^']+)'|In '[^']*': (.*)", text):
-        return ConfigError(found[1] or "config", "?", text.splitlines()[0])
-    return ConfigError("command line", text.splitlines()[0], "not understood")
+def _packaged(tree: Any) -> Any:
+    """Refuses a group's file that fell beside the schema because its header is missing, which Hydra lets pass."""
+    for group in _groups(None):
+        if isinstance(tree, dict) and group in tree and not is_known(group):
+            raise ConfigError(group, tree[group], f"no such key: a file in {group}/ must begin with the line '# @package _global_'")
+    return tree
+
+
+def _groups(config_dir: str | Path | None) -> list[str]:
+    folders = [resources.files(__package__), *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
+    return sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")})
+
+
+# ---------------------------------------------------------------- words
+
+
+def _words(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:
+    """The overrides as Hydra wants them. Raises ConfigError for a word that is none, or a key that the schema does not have."""
+    groups = _groups(config_dir)
+    words = []
+    for word in overrides:
+        parsed = _parse(word)
+        key = parsed.key_or_group
+        if key in groups and not isinstance(value := _value(parsed), dict):
+            words.append(_choice(key, value))
+        elif key == "hydra" or key.startswith("hydra."):
+            raise ConfigError(key, _value(parsed), "Hydra's own settings have no effect here")
+        elif not is_known(key):
+            raise UnknownKey(key, _value(parsed), "no such key", nearest_key(key))
+        elif parsed.is_delete():
+            words.append(word)
+        else:
+            words.append("++" + word.lstrip("+"))  # a name new to an open dictionary is set like any other
+    return words
+
+
+def _parse(word: str) -> Override:
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise ConfigError("command line", word, "is not KEY=VALUE; quote a value with spaces or commas: 'key=\"a, b\"'") from None
+    if not parsed.key_or_group:
+        raise ConfigError("command line", word, "is not KEY=VALUE: there is no key")
+    if parsed.is_sweep_override():
+        raise ConfigError(parsed.key_or_group, word.partition("=")[2], "is several values; a list is written [a,b]")
+    return parsed
+
+
+def _choice(group: str, value: Any) -> str:
+    """The word that chooses files of a group. All groups are in the defaults list, so there is nothing to add, only to set or delete."""
+    if value is None:
+        return f"~{group}"
+    return f"{group}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{group}='{value}'"
+
+
+def _value(parsed: Override) -> Any:
+    """The value as YAML would give it."""
+    return None if parsed.is_delete() else OmegaConf.to_container(OmegaConf.create({"v": parsed.value()}), resolve=False)["v"]
+
+
+# ---------------------------------------------------------------- complaints
+
+
+def _yaml_error(error: yaml.YAMLError) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+    return ConfigError("config", where, f"is not YAML: {getattr(error, 'problem', None) or error}")
+
+
+def _hydra_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """A sentence for what Hydra alone can refuse: groups chosen twice or not at all, deletions, defaults lists."""
+    text = str(error.__cause__ or error).splitlines()
+    text = next((line for line in text if line and not line.endswith("composing config:")), "not understood")
+    for word in overrides:
+        parsed = _parse(word)
+        if parsed.key_or_group in str(error):
+            return ConfigError(parsed.key_or_group, word.partition("=")[2] or "(deleted)", text)
+    found = re.match(r"In '([^']+)'", str(error))
+    return ConfigError("config", found[1] if found else "", text)

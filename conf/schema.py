@@ -22,7 +22,7 @@ class Fixed(dict):
     """A dictionary of a frozen configuration: it can be read, copied and pickled, not changed."""
 
     def _refuse(self, *_, **__):
-        raise dataclasses.FrozenInstanceError("this dictionary belongs to a frozen configuration: use dataclasses.replace before the run starts")
+        raise dataclasses.FrozenInstanceError("a dictionary of a frozen configuration: use dataclasses.replace before the run starts")
 
     __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
 
@@ -31,7 +31,7 @@ class Fixed(dict):
 
 
 class Section:
-    """A dataclass that refuses assignment after `freeze()`: mutable while Hydra composes, constant once resolved."""
+    """A dataclass that refuses assignment after `freeze()`: mutable while it is filled, constant once resolved."""
 
     def freeze(self):
         for f in dataclasses.fields(self):

@@ -1,0 +1,253 @@
+"""The rules of a configuration that need no knowledge of schedules, dispatchers or kernels: ranges, then rules between fields.
+
+A broken rule is a field and a sentence. What its nearest valid value is, one search answers for all of them: of the values that the
+field could have in this configuration, the nearest with which the *whole* configuration is valid, else the nearest that at least
+repairs this field. Rules that belong to an owner elsewhere are called by `launch/validate.py`.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .errors import ConfigError, divisors, most_like
+from .schema import Config
+
+Broken = tuple[str, str]  # field, rule
+
+
+def _fields(section: str, names: str) -> list[str]:
+    return [f"{section}.{name}" for name in names.split()]
+
+
+_POSITIVE = [
+    *_fields("model", "num_layers dim vocab_size max_seq_len num_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"),
+    *_fields("model", "dense_hidden_dim num_experts top_k expert_hidden_dim num_groups num_limited_groups"),
+    *_fields("model", "rope_theta norm_eps route_scale yarn.original_max_seq_len yarn.beta_fast yarn.beta_slow"),
+    *_fields("parallel", "pp edp ep chunks"),
+    *_fields("data", "seq_len workers"),
+    *_fields("optim", "lr eps clip"),
+    *_fields("train", "steps global_batch_tokens micro_batch_sequences eval_sequences"),
+    *_fields("checkpoint", "keep_last"),
+    *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s"),
+    *_fields("launch", "threads timeout_s log_interval"),
+]
+_NOT_NEGATIVE = [
+    *_fields("model", "num_dense_layers num_shared_experts q_lora_rank init_std yarn.mscale yarn.mscale_all_dim"),
+    *_fields("optim", "final_lr warmup_steps constant_steps decay_steps weight_decay"),
+    *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef"),
+    *_fields("train", "eval_interval stop_after seed"),
+    "checkpoint.interval", "cluster.price_per_gpu_hour", "data.tokenizer.vocab_size",
+]  # fmt: skip
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction", "data.max_bad_fraction")
+_CHOICES = {
+    "precision.compute": ("fp32", "bf16", "fp64"),
+    "optim.engine": ("whole", "deepspeed"),
+    "data.tokenizer.kind": ("bytes", "bpe", "file"),
+    "launch.device": ("auto", "cpu", "cuda"),
+    "launch.wandb": ("disabled", "offline", "online"),
+}
+SOURCE_KINDS = ("stdlib", "files", "hf", "synthetic")
+BYTE_IDS = 257  # 256 bytes and an end-of-document id: the smallest vocabulary that can write every text
+_TRIALS = 200  # of candidates, when the nearest valid value is searched
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for the first broken rule; ranges of single fields come first."""
+    for field, rule in _broken(config):
+        raise ConfigError(field, get(config, field), rule, _nearest(config, field))
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def replaced(config: Any, key: str, value: Any) -> Any:
+    """A copy of a configuration with another value at a dotted key; frozen or not like the original."""
+    name, _, rest = key.partition(".")
+    if isinstance(config, dict):
+        return type(config)({**config, name: replaced(config[name], rest, value) if rest else value})
+    result = copy.copy(config)
+    object.__setattr__(result, name, replaced(getattr(config, name), rest, value) if rest else value)
+    return result
+
+
+# ---------------------------------------------------------------- the nearest valid value
+
+
+def _nearest(config: Config, field: str) -> Any:
+    value = get(config, field)
+    candidates = list(_candidates(config, field))
+    if isinstance(value, str):
+        candidates = [most_like(value, candidates)] if candidates else []
+    elif isinstance(value, (int, float)):
+        at = value if math.isfinite(value) else 0
+        candidates.sort(key=lambda n: (abs(n - at), n))
+    trials = [(c, list(_broken(replaced(config, field, c)))) for c in candidates[:_TRIALS]]
+    valid = [c for c, broken in trials if not broken]
+    repaired = [c for c, broken in trials if all(name != field for name, _ in broken)]
+    return next(iter(valid + repaired), None)
+
+
+def _candidates(c: Config, field: str) -> Iterable:
+    """Values that a field might have, as far as its own kind and its neighbours say; the search tries which of them are valid."""
+    m, p, t = c.model, c.parallel, c.train
+    value = get(c, field)
+    if field in _CHOICES or field.endswith(".kind"):
+        return _CHOICES.get(field, SOURCE_KINDS)
+    if field in ("parallel.ep", "model.num_groups"):
+        return divisors(m.num_experts) if 0 < m.num_experts < 2**20 else [1]
+    if field in ("parallel.pp", "parallel.chunks", "model.num_dense_layers"):
+        return range(0, min(max(m.num_layers, 1), 4096) + 1)
+    if field in ("model.num_limited_groups", "model.top_k"):
+        return range(1, max(1, min(m.num_experts, 4096)) + 1)
+    if field in ("train.global_batch_tokens", "train.eval_sequences"):
+        unit = max(1, p.dp * t.micro_batch_sequences * (c.data.seq_len if field == "train.global_batch_tokens" else 1))
+        return {max(1, n) * unit for n in (value // unit, value // unit + 1)}
+    if field == "data.seq_len":
+        per_rank = t.global_batch_tokens // max(1, p.dp * t.micro_batch_sequences)
+        return {max(1, m.max_seq_len), *(per_rank // n for n in range(1, 4097) if 0 < n <= per_rank and per_rank % n == 0)}
+    if field in ("optim.warmup_steps", "optim.constant_steps"):
+        rest = c.optim.warmup_steps + c.optim.constant_steps - value
+        return [max(0, t.steps - rest)]
+    if field in _BELOW_ONE:
+        return [0.0, 0.5, 0.9, 0.95, 0.999]
+    limits = {
+        "data.tokenizer.vocab_size": [0, m.vocab_size, BYTE_IDS], "model.vocab_size": [BYTE_IDS, c.data.tokenizer.vocab_size],
+        "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
+    }  # fmt: skip
+    if field in limits:
+        return limits[field]
+    if field in _NOT_NEGATIVE:
+        return [type(value)(0)]
+    if isinstance(value, int):
+        return {1, *range(max(1, value - 16), max(1, value) + 17)}
+    return [1.0] if isinstance(value, float) else []
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _broken(c: Config) -> Iterator[Broken]:
+    """Every broken rule. Rules between fields are asked only of fields that are themselves in range."""
+    ranges = list(_ranges(c))
+    yield from ranges
+    if not ranges:
+        yield from _model(c)
+        yield from _layout(c)
+        yield from _data(c)
+        yield from _batch(c)
+        yield from _optim(c)
+
+
+def _ranges(c: Config) -> Iterator[Broken]:
+    for name in _POSITIVE:
+        if not 0 < get(c, name) < math.inf:
+            yield name, "must be positive and finite"
+    for name in _NOT_NEGATIVE:
+        if not 0 <= get(c, name) < math.inf:
+            yield name, "must be finite and not negative"
+    for name in _BELOW_ONE:
+        if not 0 <= get(c, name) < 1:
+            yield name, "must be at least 0 and below 1"
+    for name, source in c.data.sources.items():
+        if not 0 < source.weight < math.inf:
+            yield f"data.sources.{name}.weight", "must be positive and finite"
+        for limit in ("max_documents", "num_documents"):
+            if getattr(source, limit) < 0:
+                yield f"data.sources.{name}.{limit}", "must not be negative"
+        if source.kind not in SOURCE_KINDS:
+            yield f"data.sources.{name}.kind", f"must be one of {', '.join(SOURCE_KINDS)}"
+    for name, peak in c.cluster.peak_tflops.items():
+        if not 0 < peak < math.inf:
+            yield f"cluster.peak_tflops.{name}", "must be positive and finite"
+    for name, allowed in _CHOICES.items():
+        if get(c, name) not in allowed:
+            yield name, f"must be one of {', '.join(allowed)}"
+    for name in ("name", "run_dir"):
+        if not get(c, name).strip():
+            yield name, "must not be empty"
+
+
+def _model(c: Config) -> Iterator[Broken]:
+    m = c.model
+    if not 1 <= m.yarn.factor < math.inf:
+        yield "model.yarn.factor", "must be at least 1 (1 is plain RoPE)"
+    if m.yarn.beta_fast <= m.yarn.beta_slow:
+        yield "model.yarn.beta_fast", f"must exceed model.yarn.beta_slow = {m.yarn.beta_slow:g}"
+    if m.qk_rope_head_dim % 2:
+        yield "model.qk_rope_head_dim", "must be even: rotary embedding turns pairs"
+    if m.num_dense_layers > m.num_layers:
+        yield "model.num_dense_layers", f"must not exceed model.num_layers = {m.num_layers}"
+    if m.num_experts % m.num_groups:
+        yield "model.num_groups", f"must divide model.num_experts = {m.num_experts}"
+    elif m.num_groups > 1 and m.num_experts // m.num_groups < 2:
+        yield "model.num_groups", "a group is ranked by its two best experts, so it needs two"
+    if m.num_limited_groups > m.num_groups:
+        yield "model.num_limited_groups", f"must not exceed model.num_groups = {m.num_groups}"
+    elif m.num_experts % m.num_groups == 0 and m.top_k > (reachable := m.num_experts // m.num_groups * m.num_limited_groups):
+        yield "model.top_k", f"must not exceed the {reachable} experts of {m.num_limited_groups} group(s)"
+    # The grouped matrix product wants rows of whole 16-byte units; FP64 goes another way.
+    unit = {"fp32": 4, "bf16": 8}.get(c.precision.compute, 1)
+    for name in ("dim", "expert_hidden_dim") if m.num_moe_layers > 0 else ():
+        if getattr(m, name) % unit:
+            yield f"model.{name}", f"must be a multiple of {unit}: expert weights in {c.precision.compute} need rows of 16-byte units"
+
+
+def _layout(c: Config) -> Iterator[Broken]:
+    m, p = c.model, c.parallel
+    if m.num_moe_layers > 0 and m.num_experts % p.ep:
+        yield "parallel.ep", f"must divide model.num_experts = {m.num_experts}"
+    if p.num_stages > m.num_layers:
+        chunks_to_blame = p.chunks > m.num_layers or (p.chunks > 1 and p.pp <= m.num_layers)
+        name = "parallel.chunks" if chunks_to_blame else "parallel.pp"
+        yield name, f"{p.pp} ranks x {p.chunks} chunk(s) are {p.num_stages} stages, too many for model.num_layers = {m.num_layers}"
+    if c.precision.name not in c.cluster.peak_tflops:
+        yield "cluster.peak_tflops", (f"has no peak for precision {c.precision.name}, so the share of it that is used cannot be told: "
+                                      f"add cluster.peak_tflops.{c.precision.name}=TFLOPS")  # fmt: skip
+
+
+def _data(c: Config) -> Iterator[Broken]:
+    tokenizer, vocab = c.data.tokenizer, c.model.vocab_size
+    if not c.data.sources:
+        yield "data.sources", "needs at least one source: data=stdlib, or data.sources.NAME.kind=files"
+    for name, source in c.data.sources.items():
+        at = f"data.sources.{name}"
+        if source.kind == "files" and not source.paths:
+            yield f"{at}.paths", f"a source of kind files needs its files: {at}.paths=[corpus/*.jsonl]"
+        if source.kind == "hf" and not source.dataset:
+            yield f"{at}.dataset", f"a source of kind hf needs a name on the Hub or a folder: {at}.dataset=NAME"
+        if source.kind == "synthetic" and not source.num_documents:
+            yield f"{at}.num_documents", "a source of kind synthetic needs to know how many documents to make"
+    if tokenizer.kind == "file" and not tokenizer.path:
+        yield "data.tokenizer.path", "a tokenizer of kind file needs the path of its tokenizer.json"
+    if tokenizer.kind != "file" and vocab < BYTE_IDS:
+        yield "model.vocab_size", f"a tokenizer of kind {tokenizer.kind} has at least {BYTE_IDS} ids: 256 bytes and the end of a document"
+    elif tokenizer.vocab_size > vocab:
+        yield "data.tokenizer.vocab_size", f"must not exceed model.vocab_size = {vocab} (0 takes the model's)"
+    elif tokenizer.kind == "bpe" and 0 < tokenizer.vocab_size < BYTE_IDS:
+        yield "data.tokenizer.vocab_size", f"must be at least {BYTE_IDS}: 256 bytes and the end of a document (0 takes the model's)"
+
+
+def _batch(c: Config) -> Iterator[Broken]:
+    s, t, dp = c.data.seq_len, c.train, c.parallel.dp
+    if s > c.model.max_seq_len:
+        yield "data.seq_len", f"must not exceed model.max_seq_len = {c.model.max_seq_len}"
+    if t.global_batch_tokens % (unit := s * dp * t.micro_batch_sequences):
+        yield ("train.global_batch_tokens",
+               f"must be a multiple of seq_len x dp x micro_batch_sequences = {s} x {dp} x {t.micro_batch_sequences} = {unit}")  # fmt: skip
+    if t.eval_sequences % (unit := dp * t.micro_batch_sequences):
+        yield ("train.eval_sequences",
+               f"must be a multiple of dp x micro_batch_sequences = {dp} x {t.micro_batch_sequences} = {unit}")  # fmt: skip
+
+
+def _optim(c: Config) -> Iterator[Broken]:
+    o, steps = c.optim, c.train.steps
+    if o.final_lr > o.lr:
+        yield "optim.final_lr", f"must not exceed optim.lr = {o.lr:g}"
+    if o.decay_steps == 0 and o.warmup_steps + o.constant_steps > steps:
+        name = "warmup_steps" if o.warmup_steps > steps or not o.constant_steps else "constant_steps"
+        yield f"optim.{name}", f"warm-up and constant steps must fit in train.steps = {steps}"
