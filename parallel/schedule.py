@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
-
 from ..conf.schema import Config, ConfigError, choose
+from ._torch import get_schedule_ops
 
 
 class Op(NamedTuple):
