@@ -164,11 +164,10 @@ def materialise(stage: Stage, *, seed: int, ep_rank: int = 0, device: torch.devi
     Each matrix (each expert's on its own) has a generator seeded by its global name, on the CPU, so that the weights of a seed are the
     same under every layout and on every device.
     """
-    done: dict[int, Tensor] = {}
     for name, param in stage.named_parameters():
-        if param.is_meta and id(param) not in done:
-            done[id(param)] = param
-            param.data = initial_weight(name, param, stage.m, seed=seed, ep_rank=ep_rank).to(device)
+        if param.is_meta:
+            weight = initial_weight(name, param, stage.m, seed=seed, ep_rank=ep_rank).to(device)
+            torch.utils.swap_tensors(param, nn.Parameter(weight))  # in place: a tied embedding stays one parameter
     for module in stage.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
