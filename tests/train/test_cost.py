@@ -12,7 +12,8 @@ from shoestring.conf.schema import ClusterConfig, ModelConfig
 from shoestring.train import cost
 from torch.utils.flop_counter import FlopCounterMode
 
-V3 = ["model=deepseek_v3", "cluster=h800", "precision=bf16", "parallel=deepseek_v3", "data.seq_len=4096", "train.global_batch_tokens=62914560"]
+V3 = ["model=deepseek_v3", "cluster=h800", "precision=bf16", "parallel=deepseek_v3", "data.seq_len=4096",
+      "train.global_batch_tokens=62914560", "train.eval_sequences=128"]  # fmt: skip
 
 SHAPES = {
     "tiny's kind: q_lora, groups, one dense block": dict(),
