@@ -132,3 +132,9 @@ class RouterStats:
         self.load_E += r.sent_E
         for name, value in r.losses.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def take(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(load_E, sums) since the last call, which start anew."""
+        taken = self.load_E, self.sums
+        self.load_E, self.sums = torch.zeros_like(self.load_E), {}
+        return taken

@@ -1,0 +1,249 @@
+"""One rank's share of a training step: its stages, its executor and its optimizer, built from a configuration.
+
+The step reads as the recipe does: run every micro-batch, sum gradients over replicas, scale once, clip by the global norm, update,
+move the routers' biases. The loop around it (data, checkpoints, records) is `train/trainer.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..conf.schema import Config, OptimConfig
+from ..kernels.grouped import row_alignment
+from ..kernels.weight_grad import WeightGradStore
+from ..parallel.dispatch import make_dispatcher
+from ..parallel.executor import Executor
+from ..parallel.groups import Mesh
+from ..parallel.optimizer import make_optimizer
+from ..parallel.phases import MicroBatch
+from ..parallel.schedule import SCHEDULES, split_layers, validate
+from ..parallel.zero import AdamW, Chunk, Spec
+from . import cost
+from .model import DTYPES, Stage, is_expert, materialise, named_weights
+from .moe import Balance
+
+IGNORED = -100  # a target that has no loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """The job's step, equal on all ranks. Loads: (MoE layers, experts), int64, of the global batch."""
+
+    loss: float  # mean over tokens
+    tokens: int
+    grad_norm: float
+    clip_coef: float
+    balance_loss: float  # as added to the loss: coefficient included, summed over layers
+    z_loss: float
+    loads: Tensor
+    bias_norm: float
+    flags: Tensor  # sums over ranks of the caller's `flags`
+
+
+class Engine:
+    """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`."""
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu"):
+        self.config, self.device = config, torch.device(device)
+        self.mesh = Mesh.create(config.parallel, dist.get_rank(), tied=config.model.tie_embeddings)
+        self.dtype = DTYPES[config.precision.compute]
+        self.store = WeightGradStore()
+        self.stages = self._build_stages()
+        self.optimizer = make_optimizer(config.optim.engine, self._specs(), _hyper(config.optim))
+        for stage in self.stages.values():
+            stage.prepare()
+        self.executor = self._build_executor()
+
+    # ------------------------------------------------------------ building
+
+    def _build_stages(self) -> dict[int, Stage]:
+        c, mesh = self.config, self.mesh
+        name = c.parallel.dispatcher
+        if name == "auto":
+            name = "alltoall" if c.parallel.ep > 1 else "local"
+        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=row_alignment(self.dtype), groups=mesh.ep)
+        balance = Balance(
+            sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens
+        )
+        layers = stage_layers(c)
+        stages: dict[int, Stage] = {}
+        for index in mesh.my_stages:
+            is_last = index == len(mesh.placement) - 1
+            with torch.device("meta"):
+                stages[index] = Stage(
+                    c.model,
+                    layers=layers[index],
+                    is_first=index == 0,
+                    is_last=is_last,
+                    ep=c.parallel.ep,
+                    balance=balance,
+                    dtype=self.dtype,
+                    dispatcher=dispatcher,
+                    store=self.store,
+                    shared_embed=stages[0].embed if is_last and c.model.tie_embeddings and 0 in stages else None,
+                )
+            materialise(stages[index], seed=c.train.seed, ep_rank=mesh.ep_rank, device=self.device)
+        return stages
+
+    def _specs(self) -> list[Spec]:
+        """Each parameter with its replica group: experts over edp, a tied embedding over two stages, the rest over dp."""
+        mesh, specs = self.mesh, []
+        for stage, name, param in named_weights(self.stages):
+            group, numel, offset = mesh.dense, param.numel(), 0
+            if is_expert(name):
+                group, numel, offset = mesh.expert, param.numel() * mesh.parallel.ep, param.numel() * mesh.ep_rank
+            elif name == "embed" and mesh.tied is not None and mesh.pp_rank in (mesh.placement[0], mesh.placement[-1]):
+                group = mesh.tied
+            specs.append(Spec(name=name, param=param, group=group, numel=numel, offset=offset, stage=stage, decay=param.dim() > 1))
+        return specs
+
+    def _build_executor(self) -> Executor:
+        c, mesh = self.config, self.mesh
+        lists = SCHEDULES[c.parallel.schedule].actions(c.parallel.pp, c.parallel.chunks, c.num_micro_batches)
+        validate(lists, mesh.placement, c.num_micro_batches)
+        return Executor(
+            stages={index: stage.phases for index, stage in self.stages.items()},
+            mesh=mesh,
+            actions=lists[mesh.pp_rank],
+            store=self.store,
+            boundary=lambda num_tokens: torch.empty(num_tokens, c.model.dim, dtype=self.dtype, device=self.device),
+        )
+
+    @property
+    def nominal_tokens(self) -> int:
+        """Of a micro-batch: what backward divides the summed loss by."""
+        return self.config.train.micro_batch_sequences * self.config.data.seq_len
+
+    @property
+    def holds_head(self) -> bool:
+        return self.mesh.placement[-1] == self.mesh.pp_rank
+
+    # ------------------------------------------------------------ one step
+
+    def train_step(self, batches: Sequence[MicroBatch], lr: float, flags: Tensor | None = None) -> StepResult:
+        """This data-parallel rank's micro-batches, as many as the configuration says. Collective.
+
+        `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts. Raises FloatingPointError, on all ranks and before any
+        weight changes, if the gradient norm is not finite.
+        """
+        loss = self.executor.step(batches)
+        self.optimizer.reduce()
+        totals = self._reduce_counts(loss, batches, flags)
+        # Gradients are of sums over nominal_tokens; this makes them the mean over the tokens that the step really had.
+        norm = self.optimizer.norm(self.nominal_tokens / totals.tokens)
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.loss_sum / totals.tokens}): no weight was changed")
+        coefficient = self.optimizer.step(norm, lr)
+        bias_norm = self._update_biases(totals.loads)
+        c = self.config.optim
+        return StepResult(
+            loss=totals.loss_sum / totals.tokens,
+            tokens=totals.tokens,
+            grad_norm=norm.item(),
+            clip_coef=coefficient.item(),
+            balance_loss=c.sequence_balance_coef * totals.router_sums[0] / totals.tokens,
+            z_loss=c.z_loss_coef * totals.router_sums[1] / totals.tokens,
+            loads=totals.loads,
+            bias_norm=bias_norm,
+            flags=totals.flags,
+        )
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """(summed loss, tokens) over all ranks; targets that are IGNORED do not count. Collective."""
+        loss = self.executor.evaluate(batches) * self.nominal_tokens
+        tokens = sum(int((b.targets_BS != IGNORED).sum()) for b in batches) if self.holds_head else 0
+        totals = torch.stack([loss, torch.tensor(float(tokens), dtype=torch.float64, device=loss.device)]).to(self.device)
+        dist.all_reduce(totals)
+        return totals[0].item(), int(totals[1].item())
+
+    def _reduce_counts(self, loss: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
+        """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""
+        m = self.config.model
+        flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags
+        head = torch.zeros(4, dtype=torch.float64)
+        if self.holds_head:
+            head[0] = loss.item() * self.nominal_tokens
+            head[1] = sum(int((b.targets_BS != IGNORED).sum()) for b in batches)
+        loads = torch.zeros(m.num_moe_layers, m.num_experts, dtype=torch.float64)
+        for stage in self.stages.values():
+            for layer, stats in stage.stats.items():
+                load_E, sums = stats.take()
+                loads[layer - m.num_dense_layers] = load_E.double()
+                head[2:] += torch.stack([sums[name].double().cpu() for name in ("balance", "z")]) if sums else 0
+        packed = torch.cat([head, flags, loads.flatten()]).to(self.device)
+        dist.all_reduce(packed)
+        head, flags, loads = packed.cpu().split([4, len(flags), loads.numel()])
+        return _Totals(
+            loss_sum=head[0].item(),
+            tokens=int(head[1].item()),
+            router_sums=head[2:].tolist(),
+            flags=flags,
+            loads=loads.to(torch.int64).view(m.num_moe_layers, m.num_experts),
+        )
+
+    def _update_biases(self, loads: Tensor) -> float:
+        """Aux-loss-free balancing (V3 §2.1.2): up where an expert had less than the mean of the global batch, down where more.
+
+        Every rank moves its own layers' biases; the returned norm is over all layers, known to all because each step is +-speed or 0.
+        """
+        speed, total = self.config.optim.bias_update_speed, 0.0
+        for stage in self.stages.values():
+            for layer, block in stage.layers.items():
+                if block.is_moe:
+                    load_E = loads[int(layer) - self.config.model.num_dense_layers].to(block.router.bias.device, torch.float64)
+                    block.router.bias += speed * torch.sign(load_E.mean() - load_E).to(block.router.bias.dtype)
+                    total += block.router.bias.double().square().sum().item()
+        return math.sqrt(total)
+
+    # ------------------------------------------------------------ state
+
+    def chunks(self, *, saving: bool) -> dict[str, Chunk]:
+        """What a checkpoint holds of this rank: owned optimizer pieces, router biases, and the rank's random state.
+
+        A bias is the same on all dp ranks: the first saves it, all load it.
+        """
+        chunks = dict(self.optimizer.state())
+        for stage in self.stages.values():
+            for name, buffer in stage.named_buffers():
+                if not saving or self.mesh.dp_rank == 0:
+                    chunks[name] = Chunk(buffer.numel(), 0, buffer)
+        return chunks
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: param for _, name, param in named_weights(self.stages)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    loss_sum: float
+    tokens: int
+    router_sums: list[float]
+    flags: Tensor
+    loads: Tensor
+
+
+def stage_layers(config: Config) -> list[range]:
+    """The blocks of each pipeline stage, shared out by cost."""
+    m, p = config.model, config.parallel
+    costs = cost.block_costs(m, config.data.seq_len)
+    return split_layers(costs, p.num_stages, first=cost.embedding_cost(m), last=cost.head_cost(m))
+
+
+def _hyper(o: OptimConfig) -> AdamW:
+    return AdamW(beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
+
+
+def learning_rate(o: OptimConfig, step: int, num_steps: int) -> float:
+    """Of optimizer step `step` (0 is the first): linear warm-up, constant, cosine to `final_lr`, and that from then on."""
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    past = step - o.warmup_steps - o.constant_steps
+    if past < 0:
+        return o.lr
+    decay = o.decay_steps or num_steps - o.warmup_steps - o.constant_steps
+    share = min(1.0, past / max(1, decay - 1)) if not o.decay_steps else min(1.0, past / decay)
+    return o.final_lr + (o.lr - o.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
