@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 installed := $(VENV)/.installed
 torch := $(shell grep '^torch==' constraints.txt)
-pip := $(VENV)/bin/python -m pip install --quiet --progress-bar off --constraint constraints.txt
+pip := $(VENV)/bin/python -m pip install -qq --progress-bar off --constraint constraints.txt
 
 .PHONY: train test lint install clean
 .DEFAULT_GOAL := help

@@ -1,0 +1,43 @@
+"""The environment variables that Shoestring reads and sets, all of them. Importing this imports nothing heavy: some must be set first."""
+
+import os
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process among `world_size`, as torchrun or our own launcher numbers them."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Place | None":
+        """This process's place, or None where nobody has started it as a rank."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        rank = int(os.environ["RANK"])
+        return cls(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", rank)), world_size=int(os.environ["WORLD_SIZE"]))
+
+
+def prepare(threads: int) -> None:
+    """Call before torch is imported. What the user has set stays."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's and c10d's chatter about sockets
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it says so on every rank
+
+
+def prepare_launch(run_on_cpu: bool) -> None:
+    """For the ranks that this process is about to start on this machine."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # else a rank started from the tree would find our `train` and `kernels` as top-level packages
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks that share the agent's store do not survive the loss of one
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")  # seconds for the others to end once a rank has failed
+    if run_on_cpu and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here; the host's own name need not resolve
+
+
+def tell_deepspeed(device_type: str) -> None:
+    """Call before deepspeed is imported: its own search guesses, warns, and cannot know `launch.device=cpu` on a machine with GPUs."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)

@@ -1,0 +1,44 @@
+"""What a command's exit code says: one table, which scripts and job schedulers may rely on."""
+
+import errno
+import re
+
+OK, FAILED, CONFIG, DATA, STORAGE, LOST, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 75, 130
+
+MEANING = {
+    OK: "done",
+    FAILED: "an error that no other code names; a traceback says where",
+    CONFIG: "the command line or the configuration is wrong; nothing was started",
+    DATA: "the data cannot be read, or too much of it is bad",
+    STORAGE: "a checkpoint or a file cannot be written, read or verified",
+    LOST: "a rank died, was killed or did not answer in time",
+    PREEMPTED: "stopped by SIGTERM or SIGINT and saved; the same command goes on from there",
+    INTERRUPTED: "stopped at once by a second signal; the last checkpoint is intact",
+}
+
+# By name, and not by class: whoever only wants an exit code need not import torch for it.
+_BY_NAME = {
+    "ConfigError": CONFIG, "DataError": DATA, "CheckpointError": STORAGE, "SafetensorError": STORAGE, "RankFailed": LOST,
+    "DistBackendError": LOST, "DistNetworkError": LOST, "DistStoreError": LOST, "KeyboardInterrupt": INTERRUPTED,
+}  # fmt: skip
+_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_PEER_GONE = re.compile(r"closed by peer|reset by peer|gloo|NCCL|[Tt]imed out waiting|Broken pipe")
+
+
+def of(error: BaseException) -> int:
+    """The exit code that an exception ends a command with."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in _BY_NAME:
+            return _BY_NAME[kind.__name__]
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and (error.filename or error.errno in _FULL_OR_BROKEN):
+        return STORAGE
+    if isinstance(error, (RuntimeError, ConnectionError)) and _PEER_GONE.search(str(error)):
+        return LOST
+    return FAILED
+
+
+def sentence(error: BaseException) -> str:
+    """What to tell a person about an exception, in one line."""
+    text = " ".join(str(error).split())
+    code = of(error)
+    return text if text and code not in (FAILED, LOST) else f"{type(error).__name__}: {text}" if text else type(error).__name__

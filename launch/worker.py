@@ -1,0 +1,99 @@
+"""One rank: its device, its process group, its mesh, the trainer, and an exit code for whatever came of it."""
+
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..conf.schema import Config
+from ..parallel.groups import Mesh
+from ..train import trainer
+from . import device, exit_codes
+from .environment import Place
+
+Train = Callable[..., trainer.Summary | None]
+
+
+class Stop:
+    """Asked by the trainer between steps: has SIGTERM or SIGINT come? Calling it tells.
+
+    Further signals change nothing, as a terminal's Ctrl-C reaches a rank both directly and from its launcher. A process that is its own
+    launcher (`alone`) takes a second one as the wish to end at once: KeyboardInterrupt.
+    """
+
+    def __init__(self, *, alone: bool):
+        self._alone, self._asked = alone, False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def install(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number, frame) -> None:
+        if self._alone and self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def run(config: Config, place: Place, *, failures: Path | None = None, train: Train = trainer.run) -> int:
+    """Train as one rank; the exit code (`launch/exit_codes.py`).
+
+    An error is one line on stderr, or a file in the folder `failures`, from which a launcher can tell which rank's came first.
+    """
+    stop = Stop(alone=place.world_size == 1).install()
+    try:
+        chosen = device.start(config, place)
+        _join(config, place, chosen)
+        mesh = Mesh.create(config.parallel, place.rank, tied=config.model.tie_embeddings)
+        summary = train(config, mesh, chosen, log=_log(place), stop=stop)
+        dist.destroy_process_group()
+    except BaseException as error:
+        return _report(error, place, failures)
+    return exit_codes.PREEMPTED if summary is not None and summary.preempted else exit_codes.OK
+
+
+def run_launched(config: Config, failures: Path, train: Train = trainer.run) -> int:
+    """`run` in a process that our launcher started. A failed rank leaves at once: its peers are gone or stuck, so nothing can be closed."""
+    code = run(config, Place.from_environment(), failures=failures, train=train)
+    if code not in (exit_codes.OK, exit_codes.PREEMPTED):
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _join(config: Config, place: Place, on: torch.device) -> None:
+    timeout = datetime.timedelta(seconds=config.launch.timeout_s)
+    if on.type == "cuda":
+        kind = {"backend": "cpu:gloo,cuda:nccl", "device_id": on}
+    else:
+        kind = {"backend": "gloo"}
+    if place.world_size == 1:
+        kind |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(timeout=timeout, **kind)
+
+
+def _log(place: Place) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if place.rank == 0 else (lambda text: None)
+
+
+def _report(error: BaseException, place: Place, failures: Path | None) -> int:
+    code = exit_codes.of(error)
+    message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
+    trace = traceback.format_exc() if code == exit_codes.FAILED else ""
+    if failures is None:
+        print(f"{trace}error: {message}", file=sys.stderr, flush=True)
+    else:
+        record = {"time": time.time(), "rank": place.rank, "code": code, "message": message, "traceback": trace}
+        (failures / f"failure-{place.rank}.json").write_text(json.dumps(record))
+    return code
