@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.conf.schema import ClusterConfig, ModelConfig
 from shoestring.train import cost
+from shoestring.train.model import CausalLM, Stage, is_expert
+from shoestring.train.moe import Balance
 from torch.utils.flop_counter import FlopCounterMode
 
 V3 = ["model=deepseek_v3", "cluster=h800", "precision=bf16", "parallel=deepseek_v3", "data.seq_len=4096",
@@ -177,6 +179,39 @@ def test_flops_equal_a_counter_over_an_independent_model(changes):
     full_attention = flops.attention * seq_len / ((seq_len + 1) / 2)
     assert forward.get_total_flops() == seq_len * (flops.matrices + full_attention)
     assert backward.get_total_flops() == seq_len * (flops.backward + 2 * (full_attention - flops.attention))
+
+
+# ---------------------------------------------------------------- the real model
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "v2_lite", "deepseek_v3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_equal_the_built_model(preset, tied):
+    m = load([f"model={preset}", f"model.tie_embeddings={str(tied).lower()}"]).model
+    params = cost.num_params(m)
+    with torch.device("meta"):
+        built = CausalLM(m)
+    sizes = {name: p.numel() for name, p in built.stage.named_parameters()}
+    assert params.total == sum(sizes.values())
+    assert params.experts == sum(n for name, n in sizes.items() if is_expert(name))
+    for layer, block in enumerate(params.blocks):
+        assert block.total == sum(n for name, n in sizes.items() if name.startswith(f"layers.{layer}."))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("first, last", [(True, False), (False, True), (False, False), (True, True)])
+def test_a_rank_holds_what_its_stage_is_built_with(first, last, tied):
+    config = load(["model=small", "parallel.ep=4", f"model.tie_embeddings={str(tied).lower()}"])
+    m, layers = config.model, range(0, 3)
+    with torch.device("meta"):
+        stage = Stage(
+            m, layers=layers, is_first=first, is_last=last, ep=4, balance=Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0),
+            dtype=torch.float32, dispatcher=None, store=None,
+        )  # fmt: skip
+    sizes = {name: p.numel() for name, p in stage.named_parameters()}
+    experts = sum(n for name, n in sizes.items() if is_expert(name))
+    held = cost.rank_params(m, config.parallel, layers=layers, embedding=first, head=last)
+    assert held == (sum(sizes.values()) - experts, experts)
 
 
 # ---------------------------------------------------------------- relations
