@@ -53,6 +53,7 @@ class Engine:
         self.dtype = DTYPES[config.precision.compute]
         self.store = WeightGradStore()
         self.stages = self._build_stages()
+        self.biases = self._share_biases()
         self.optimizer = make_optimizer(config.optim.engine, self._specs(), _hyper(config.optim))
         for stage in self.stages.values():
             stage.prepare()
@@ -138,7 +139,7 @@ class Engine:
         if not math.isfinite(norm.item()):
             raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.loss_sum / totals.tokens}): no weight was changed")
         coefficient = self.optimizer.step(norm, lr)
-        bias_norm = self._update_biases(totals.loads)
+        self._update_biases(totals.loads)
         c = self.config.optim
         return StepResult(
             loss=totals.loss_sum / totals.tokens,
@@ -148,7 +149,7 @@ class Engine:
             balance_loss=c.sequence_balance_coef * totals.router_sums[0] / totals.tokens,
             z_loss=c.z_loss_coef * totals.router_sums[1] / totals.tokens,
             loads=totals.loads,
-            bias_norm=bias_norm,
+            bias_norm=self.biases.double().norm().item(),
             flags=totals.flags,
         )
 
@@ -185,32 +186,31 @@ class Engine:
             loads=loads.to(torch.int64).view(m.num_moe_layers, m.num_experts),
         )
 
-    def _update_biases(self, loads: Tensor) -> float:
-        """Aux-loss-free balancing (V3 §2.1.2): up where an expert had less than the mean of the global batch, down where more.
-
-        Every rank moves its own layers' biases; the returned norm is over all layers, known to all because each step is +-speed or 0.
-        """
-        speed, total = self.config.optim.bias_update_speed, 0.0
+    def _share_biases(self) -> Tensor:
+        """(MoE layers, experts): the selection biases of the whole model, kept alike on every rank; this rank's routers use their rows."""
+        m = self.config.model
+        biases = torch.zeros(m.num_moe_layers, m.num_experts, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         for stage in self.stages.values():
             for layer, block in stage.layers.items():
                 if block.is_moe:
-                    load_E = loads[int(layer) - self.config.model.num_dense_layers].to(block.router.bias.device, torch.float64)
-                    block.router.bias += speed * torch.sign(load_E.mean() - load_E).to(block.router.bias.dtype)
-                    total += block.router.bias.double().square().sum().item()
-        return math.sqrt(total)
+                    block.router.bias = biases[int(layer) - m.num_dense_layers]
+        return biases
+
+    def _update_biases(self, loads: Tensor) -> None:
+        """Aux-loss-free balancing (V3 §2.1.2): up where an expert had less than the mean of the global batch, down where more."""
+        if loads.numel():
+            wide = loads.to(self.device, torch.float64)
+            self.biases += self.config.optim.bias_update_speed * torch.sign(wide.mean(1, keepdim=True) - wide).to(self.biases.dtype)
 
     # ------------------------------------------------------------ state
 
     def chunks(self, *, saving: bool) -> dict[str, Chunk]:
-        """What a checkpoint holds of this rank: owned optimizer pieces, router biases, and the rank's random state.
-
-        A bias is the same on all dp ranks: the first saves it, all load it.
-        """
+        """What a checkpoint holds of this rank: the optimizer pieces it owns, and the routers' biases (rank 0 saves them, all load them)."""
         chunks = dict(self.optimizer.state())
-        for stage in self.stages.values():
-            for name, buffer in stage.named_buffers():
-                if not saving or self.mesh.dp_rank == 0:
-                    chunks[name] = Chunk(buffer.numel(), 0, buffer)
+        if not saving or self.mesh.rank == 0:
+            for row, bias_E in enumerate(self.biases):
+                layer = row + self.config.model.num_dense_layers
+                chunks[f"layers.{layer}.router.bias"] = Chunk(bias_E.numel(), 0, bias_E)
         return chunks
 
     def parameters(self) -> dict[str, nn.Parameter]:
