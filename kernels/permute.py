@@ -3,7 +3,6 @@
 T tokens   K copies of each   R rows   D model dim
 """
 
-import torch
 from torch import Tensor
 
 

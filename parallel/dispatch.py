@@ -28,7 +28,8 @@ def check(config: Config) -> None:
     """Raises ConfigError for a dispatcher that does not exist or does not fit `parallel.ep`."""
     choose("parallel.dispatcher", config.parallel.dispatcher, ("auto", *DISPATCHERS))
     if config.parallel.dispatcher == "local" and config.parallel.ep > 1:
-        raise ConfigError("parallel.dispatcher", "local", f"reaches only this rank's experts, and parallel.ep = {config.parallel.ep}", "alltoall")
+        rule = f"reaches only this rank's experts, and parallel.ep = {config.parallel.ep}"
+        raise ConfigError("parallel.dispatcher", "local", rule, "alltoall")
 
 
 @dataclass(kw_only=True)
@@ -108,7 +109,8 @@ class LocalDispatcher:
         order_N = r.expert_TK.flatten().argsort(stable=True)
         rows_sorted = _padded_rows(r.expert_TK.flatten()[order_N], sizes, padded)
         row_of_N = torch.empty_like(order_N).index_copy_(0, order_N, rows_sorted)
-        r.groups, r.row_of_TK, r.copy_of_R = RowGroups.of(padded, order_N.device), row_of_N.view_as(r.expert_TK), _inverse(row_of_N, sum(padded))
+        r.groups, r.row_of_TK = RowGroups.of(padded, order_N.device), row_of_N.view_as(r.expert_TK)
+        r.copy_of_R = _inverse(row_of_N, sum(padded))
 
     def to_experts(self, x_TD, weight_TK, r, direction):
         top_k = r.expert_TK.shape[1]

@@ -74,7 +74,8 @@ class _Step:
     def finish(self) -> Tensor:
         for work, _ in self.sent:
             work.wait()
-        left = [name for name in ("inbox", "saved", "deferred") if getattr(self, name)] + ["weight gradients"] * bool(len(self.executor.store))
+        left = [name for name in ("inbox", "saved", "deferred") if getattr(self, name)]
+        left += ["weight gradients"] * bool(len(self.executor.store))
         assert not left, f"the action list ended with work left over: {left}"
         return torch.as_tensor(self.loss, dtype=torch.float64)
 

@@ -10,6 +10,7 @@ Every group is created by every rank in the same order, as torch.distributed req
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.distributed as dist
 
@@ -93,7 +94,7 @@ def boundary_legs(placement: list[int]) -> list[int]:
     of sends and receives, no tags and no batching are needed. Boundaries inside one rank get 0 and use none.
     """
     legs, used = [], set()
-    for a, b in zip(placement, placement[1:]):
+    for a, b in pairwise(placement):
         leg = next(n for n in range(len(placement)) if (n, frozenset((a, b))) not in used)
         if a != b:
             used.add((leg, frozenset((a, b))))

@@ -9,6 +9,7 @@ gradients that an I left.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..conf.schema import Config, ConfigError, choose
@@ -38,7 +39,7 @@ class Schedule:
 
 
 def _one_f_one_b(pp: int, chunks: int, num: int) -> list[list[Action]]:
-    """Rank r runs pp - r forwards ahead (the last: one), then one backward per forward. The i-th backward follows forward i + (pp - 1 - r)."""
+    """Rank r runs pp - r forwards ahead, then one backward per forward: backward i follows forward i + (pp - 1 - r)."""
     lists = []
     for rank in range(pp):
         ops = [Op(kind, rank, i) for kind in "FB" for i in range(num)]
@@ -142,7 +143,10 @@ def _play(lists: Sequence[Sequence[Action]], num_stages: int) -> None:
 
 
 def split_layers(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
-    """Contiguous shares of the layers, at least one each, whose dearest stage is cheapest; `first` and `last` are extra costs of the ends."""
+    """Contiguous shares of the layers, at least one each, whose dearest stage is cheapest.
+
+    `costs`: of each layer, in any unit; `first` and `last`: what the ends cost beside their layers.
+    """
     n = len(costs)
     assert 1 <= num_stages <= n
     sums = [0.0]
@@ -160,4 +164,4 @@ def split_layers(costs: Sequence[float], num_stages: int, *, first: float = 0.0,
             for b in range(stage + 1, n - (num_stages - 1 - stage) + 1)
         }
     cuts = best[n][1]
-    return [range(a, b) for a, b in zip(cuts, cuts[1:])]
+    return [range(a, b) for a, b in pairwise(cuts)]

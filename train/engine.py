@@ -205,7 +205,7 @@ class Engine:
     # ------------------------------------------------------------ state
 
     def chunks(self, *, saving: bool) -> dict[str, Chunk]:
-        """What a checkpoint holds of this rank: the optimizer pieces it owns, and the routers' biases (rank 0 saves them, all load them)."""
+        """What a checkpoint holds of this rank: its optimizer pieces, and the routers' biases (rank 0 saves them, all load them)."""
         chunks = dict(self.optimizer.state())
         if not saving or self.mesh.rank == 0:
             for row, bias_E in enumerate(self.biases):

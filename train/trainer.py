@@ -90,7 +90,8 @@ class _Session:
         """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names, else none."""
         resume, found = self.config.checkpoint.resume, self.checkpointer.latest()
         if found and resume == "never":
-            raise ConfigError("checkpoint.resume", "never", f"{found} is there; to begin anew, choose another `name` or remove the folder", "auto")
+            rule = f"{found} is there; to begin anew, choose another `name` or remove the folder"
+            raise ConfigError("checkpoint.resume", "never", rule, "auto")
         if found or resume in ("auto", "never"):
             return found
         if not Path(resume).is_dir():
@@ -117,7 +118,8 @@ class _Session:
         for name, value in (("train.seed", self.config.train.seed), ("data", self.corpus.fingerprint)):
             saved = extra.get(name)
             if saved is not None and saved != value:
-                raise ConfigError(name, value, f"{start} was trained on another stream of samples; choose another `name` for a new run", saved)
+                rule = f"{start} was trained on another stream of samples; choose another `name` for a new run"
+                raise ConfigError(name, value, rule, saved)
 
     def _save(self) -> None:
         rng = torch.get_rng_state()
@@ -195,7 +197,7 @@ class _Session:
         return self._record(result, lr, seconds, eval_loss), bool(result.flags[0] > 0)
 
     def _read_step(self) -> list[MicroBatch]:
-        """This rank's samples. Micro-batch i of data-parallel rank r holds samples (i * dp + r) * B and on: any layout reads the same set."""
+        """This rank's samples: micro-batch i of data-parallel rank r holds (i * dp + r) * B and on, so any layout reads the same set."""
         c = self.config
         size, dp = c.train.micro_batch_sequences, c.parallel.dp
         first = self.progress.sample + self.engine.mesh.dp_rank * size
