@@ -3,23 +3,26 @@
 Everything is streamed: in memory are one weight of ours and one shard of theirs.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import yaml
 from torch import Tensor
 
+from ..conf.compose import load_saved
 from ..conf.schema import ModelConfig
-from .hf_files import HFFolder, matched, write_json, write_shards
+from .hf_checkpoint import CheckpointWeights, find_checkpoint, write_first
+from .hf_files import HFFolder, NewFolder, matched, write_json, write_shards
 from .hf_format import STORED_DTYPES, HFError, Piece, model_config_from_hf, pieces, stored_dtype, to_hf_config, weight_shapes
 from .model import DTYPES, CausalLM
 from .tokenizer import load_tokenizer
 
-__all__ = ["HFError", "ModelWeights", "WeightSource", "load_pretrained", "write"]
+__all__ = ["HFError", "ModelWeights", "WeightSource", "export", "import_", "load_pretrained", "write"]
 
 
 class WeightSource(Protocol):
@@ -50,6 +53,27 @@ class ModelWeights:
 # ---------------------------------------------------------------- out
 
 
+def export(source: str | Path, out: str | Path, *, dtype: str = "auto", max_shard_bytes: float = 5e9) -> Path:
+    """Write the newest checkpoint of the run directory `source` (or one checkpoint folder) as a Hugging Face checkpoint `out`.
+
+    `dtype`: fp32, bf16, fp64, or auto, the one that the run computed in. The run's tokenizer goes along. Returns the checkpoint that was
+    exported. Raises HFError as `write` does, and CheckpointError where the checkpoint is damaged.
+    """
+    checkpoint, run_dir = find_checkpoint(Path(source))
+    weights = CheckpointWeights(checkpoint)
+    tokenizer, saved = run_dir / "tokenizer.json", run_dir / "config.yaml"
+    write(
+        weights,
+        weights.m,
+        Path(out),
+        dtype=weights.precision if dtype == "auto" else dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        end_of_document=load_saved(saved).data.tokenizer.end_of_document if saved.is_file() else "",
+    )
+    return checkpoint
+
+
 def write(
     source: WeightSource,
     m: ModelConfig,
@@ -69,7 +93,7 @@ def write(
         raise HFError(f"dtype = {dtype}: must be auto or one of {', '.join(STORED_DTYPES)}")
     wanted = list(pieces(m))
     _check_source(source, m)
-    with _NewFolder(out) as folder:
+    with NewFolder(out) as folder:
         eod_id = None
         if tokenizer is not None:
             eod_id = _write_tokenizer(tokenizer, end_of_document, folder, m.max_seq_len)
@@ -112,26 +136,28 @@ def _write_tokenizer(path: Path, end_of_document: str, folder: Path, max_seq_len
     return tokenizer.eod_id
 
 
-class _NewFolder:
-    """A folder under a temporary name beside `out`, renamed to it when all went well and removed when not."""
-
-    def __init__(self, out: Path):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise HFError(f"{out}: exists and is not an empty folder; remove it, or choose another place")
-        self.out, self.temporary = out, out.with_name(f".{out.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.temporary.rename(self.out)  # POSIX: also onto an empty folder
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-
 # ---------------------------------------------------------------- in
+
+
+def import_(hf_dir: str | Path, out: str | Path, *, name: str = "imported", skip_mtp: bool = False) -> Path:
+    """Make a Hugging Face checkpoint one that training starts from; returns that checkpoint.
+
+    out/checkpoints/step_00000000   FP32 masters, zero moments: for checkpoint.resume=
+    out/model/NAME.yaml             the model: for --config-dir out model=NAME
+    out/tokenizer.json              where the checkpoint has one: for data.tokenizer.path=
+
+    The folder has its name only once it is whole. Raises HFError as `load_pretrained` does, and where `out` is not empty.
+    """
+    out, folder = Path(out), HFFolder(Path(hf_dir))
+    m = model_config_from_hf(folder.config, name=name)
+    parts = matched(folder, m, skip_mtp=skip_mtp)
+    with NewFolder(out) as new:
+        (new / "model").mkdir()
+        (new / "model" / f"{name}.yaml").write_text(yaml.safe_dump(asdict(m), sort_keys=False), encoding="utf-8")
+        if (folder.path / "tokenizer.json").is_file():
+            shutil.copyfile(folder.path / "tokenizer.json", new / "tokenizer.json")
+        made = write_first(new / "checkpoints", m, parts, folder.read, precision=stored_dtype(folder.config))
+    return out / made.relative_to(new)
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "fp32", skip_mtp: bool = False) -> CausalLM:

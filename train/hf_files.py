@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..conf.schema import ModelConfig
 from .hf_format import HFError, Piece, pieces
+from .manifest import flush_folder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _READABLE = ("F64", "F32", "BF16", "F16")  # safetensors' names
@@ -148,6 +150,27 @@ def _plan(sizes: Sequence[int], limit: float) -> Iterator[int]:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     _flush(path)
+
+
+class NewFolder:
+    """A folder under a temporary name beside `out`, renamed to it when all went well and removed when not."""
+
+    def __init__(self, out: Path):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise HFError(f"{out}: exists and is not an empty folder; remove it, or choose another place")
+        self.out, self.temporary = out, out.with_name(f".{out.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.temporary.rename(self.out)  # POSIX: also onto an empty folder
+            flush_folder(self.out.parent)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

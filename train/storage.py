@@ -27,7 +27,7 @@ class ChunkSavePlanner(dcp.DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self):
-        self.plan = SavePlan([_write_item(name, chunk) for name, chunk in self.state_dict.items()])
+        self.plan = SavePlan([write_item(name, chunk) for name, chunk in self.state_dict.items()])
         return self.plan
 
     def create_global_plan(self, all_plans):
@@ -159,7 +159,7 @@ class VerifiedReader(dcp.FileSystemReader):
         return plan
 
 
-def _write_item(name, chunk) -> WriteItem:
+def write_item(name, chunk) -> WriteItem:
     if chunk.data.ndim != 1 or not chunk.data.is_contiguous():
         raise CheckpointError(f"chunk {name!r} must be 1-D and contiguous, is {tuple(chunk.data.shape)} with strides {chunk.data.stride()}")
     place = ChunkStorageMetadata(torch.Size([chunk.offset]), chunk.data.shape)
