@@ -41,7 +41,7 @@ class FeistelPermutation:
 
     def _walk(self, x, step) -> np.ndarray:
         x = np.asarray(x, dtype=np.int64)
-        if x.size and not (0 <= x.min() and x.max() < self.n):
+        if x.size and not (x.min() >= 0 and x.max() < self.n):
             raise IndexError(f"indices from {x.min()} to {x.max()} do not lie in [0, {self.n})")
         y = step(x.ravel())
         while (outside := np.flatnonzero(y >= self.n)).size:
@@ -90,7 +90,7 @@ class Mixture:
     def __call__(self, index) -> tuple[np.ndarray, np.ndarray]:
         """(source, index within that source) of each global sample index in [0, 2^39), two int64 arrays of its shape."""
         index = np.asarray(index, dtype=np.int64)
-        if index.size and not (0 <= index.min() and index.max() < MAX_SAMPLES):
+        if index.size and not (index.min() >= 0 and index.max() < MAX_SAMPLES):
             raise IndexError(f"sample indices from {index.min()} to {index.max()} do not lie in [0, {MAX_SAMPLES})")
         flat = index.ravel()
         source, within = np.zeros_like(flat), flat.copy()

@@ -99,9 +99,9 @@ def load_tokenizer(path: str | Path, end_of_document: str = "") -> Tokenizer:
     for token in candidates:
         if backend.token_to_id(token) is not None:
             return Tokenizer(backend, token)
-    special = [t.content for t in backend.get_added_tokens_decoder().values()][:8]
+    special = ", ".join(t.content for t in list(backend.get_added_tokens_decoder().values())[:8])
     raise ConfigError("data.tokenizer.end_of_document", end_of_document or "(empty)",
-                      f"none of {', '.join(candidates)} is a token of {path}; some of its special tokens: {', '.join(special) or 'none'}")  # fmt: skip
+                      f"none of {', '.join(candidates)} is a token of {path}; its special tokens: {special or 'none'}")  # fmt: skip
 
 
 def write_atomically(path: Path, text: str) -> None:

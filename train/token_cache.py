@@ -1,0 +1,209 @@
+"""One source, tokenised once, as memory-mapped files that any number of processes may build and read together.
+
+A source's folder holds, for piece p, `p.train.bin` and `p.eval.bin` (token ids, little-endian, documents end to end, each followed by
+the end-of-document id), `p.bad.jsonl` where documents were unusable, and last `p.json`: a piece without it is not finished.
+Every file appears by `os.replace`, and equal inputs give equal bytes, so the locks only save work: nothing is wrong without them.
+"""
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .documents import Bad, DataError, Document, Piece, Source
+from .tokenizer import Tokenizer, canonical_hash, write_atomically
+
+FORMAT = 1  # part of every key: raise it when the bytes change
+MAX_DOCUMENT_LENGTH = 64_000_000  # characters
+_BATCH_BYTES = 250_000
+_HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceRecord:
+    """What a finished piece holds."""
+
+    documents: int
+    bad: int
+    train_tokens: int
+    eval_tokens: int
+    sha256: str  # of the train tokens' bytes, then the eval tokens'
+
+
+def held_out(text: str, eval_fraction: float) -> bool:
+    """Whether a document is for evaluation: a hash of its text decides, so copies of it are never on both sides."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held-out").digest()
+    return int.from_bytes(digest, "big") < eval_fraction * 2**64
+
+
+class SourceCache:
+    """The tokens of one source under one tokenizer and held-out share."""
+
+    def __init__(self, source: Source, pieces: list[Piece], tokenizer: Tokenizer, *, cache_dir: Path, eval_fraction: float):
+        self.source, self.pieces = source, pieces
+        self._tokenizer, self._eval_fraction = tokenizer, eval_fraction
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        key = canonical_hash([FORMAT, source.identity(), [p.to_json() for p in pieces], tokenizer.fingerprint, eval_fraction])
+        self.folder = cache_dir / "tokens" / f"{source.name}-{key[:20]}"
+
+    def path(self, piece: int, what: str) -> Path:
+        return self.folder / f"{piece:05d}.{what}"
+
+    def record(self, piece: int) -> PieceRecord | None:
+        """Of a finished piece; None where it is not finished, or its files have not the length that they should."""
+        try:
+            record = PieceRecord(**json.loads(self.path(piece, "json").read_text()))
+            sizes = [os.stat(self.path(piece, f"{split}.bin")).st_size for split in ("train", "eval")]
+        except (OSError, ValueError, TypeError):
+            return None
+        return record if sizes == [n * self.dtype.itemsize for n in (record.train_tokens, record.eval_tokens)] else None
+
+    def build(self, *, workers: int, log: Callable[[str], None], shard: int = 0, num_shards: int = 1) -> None:
+        """Finish every `num_shards`-th piece from `shard` on. Processes that call this together share the work and all wait for its end."""
+        todo = [p for p in range(shard, len(self.pieces), num_shards) if self.record(p) is None]
+        if not todo:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log(f"data source {self.source.name}: {len(todo)} of {len(self.pieces)} pieces to tokenise, into {self.folder}")
+        with ThreadPoolExecutor(workers) as pool:
+            for wait in (False, True):  # first the pieces that nobody is at, then those whose owner may have died
+                for p in todo:
+                    if self.record(p) is None:
+                        with locked(self.path(p, "lock"), wait=wait, log=log) as mine:
+                            if mine and self.record(p) is None:
+                                self._build_piece(p, pool, workers, log)
+
+    def _build_piece(self, p: int, pool: Executor, workers: int, log: Callable[[str], None]) -> None:
+        start, tag = time.monotonic(), f"{os.uname().nodename}-{os.getpid()}.tmp"
+        for leftover in self.folder.glob(f"{p:05d}.*.tmp"):  # of a builder that died here
+            leftover.unlink(missing_ok=True)
+        names = ("train.bin", "eval.bin", "bad.jsonl")
+        temporary = [self.path(p, f"{name}.{tag}") for name in names]
+        with contextlib.ExitStack() as stack:
+            record = self._write(p, [stack.enter_context(open(path, "wb")) for path in temporary], pool, workers)
+        for path, name in zip(temporary, names, strict=True):
+            os.replace(path, self.path(p, name)) if record.bad or name != "bad.jsonl" else path.unlink()
+        write_atomically(self.path(p, "json"), json.dumps(asdict(record)))
+        seconds = time.monotonic() - start
+        log(f"data source {self.source.name}: piece {p + 1} of {len(self.pieces)}: {record.documents:,} documents, "
+            f"{record.train_tokens + record.eval_tokens:,} tokens in {seconds:.1f} s")  # fmt: skip
+
+    def _write(self, p: int, outputs, pool: Executor, workers: int) -> PieceRecord:
+        """Tokenise a piece into three open files."""
+        documents = bad = 0
+        lengths, hashes = [0, 0], [hashlib.sha256(), hashlib.sha256()]
+        for batch in _ahead(pool, self._encode, _batches(self.source.read(self.pieces[p])), 2 * workers):
+            for i, data in enumerate((batch.train, batch.eval)):
+                outputs[i].write(data)
+                hashes[i].update(data)
+                lengths[i] += len(data) // self.dtype.itemsize
+            outputs[2].writelines(json.dumps(asdict(b)).encode() + b"\n" for b in batch.bad)
+            documents, bad = documents + batch.documents, bad + len(batch.bad)
+            if documents == 0 and bad >= _HOPELESS:
+                raise DataError(f"data source {self.source.name}: the first {bad} documents of piece {p + 1} are all unusable; the last: "
+                                f"{batch.bad[-1].where}: {batch.bad[-1].why}; correct data.sources.{self.source.name}")  # fmt: skip
+        return PieceRecord(documents=documents, bad=bad, train_tokens=lengths[0], eval_tokens=lengths[1],
+                           sha256=hashlib.sha256(hashes[0].digest() + hashes[1].digest()).hexdigest())  # fmt: skip
+
+    def _encode(self, batch: list[Document | Bad]) -> "_Encoded":
+        documents = [d for d in batch if isinstance(d, Document) and len(d.text) <= MAX_DOCUMENT_LENGTH]
+        bad = [d for d in batch if isinstance(d, Bad)]
+        bad += [Bad(where=d.where, why=f"{len(d.text):,} characters in one document, over {MAX_DOCUMENT_LENGTH:,}: split it (sample_by)")
+                for d in batch if isinstance(d, Document) and len(d.text) > MAX_DOCUMENT_LENGTH]  # fmt: skip
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        for document, ids in zip(documents, self._tokenizer.encode_documents([d.text for d in documents]), strict=True):
+            if ids.size and ids.max() >= self._tokenizer.vocab_size:
+                bad.append(Bad(where=document.where, why=f"token id {ids.max()} is outside the vocabulary of {self._tokenizer.vocab_size}"))
+                continue
+            data = np.append(ids, self._tokenizer.eod_id).astype(self.dtype).tobytes()
+            parts[held_out(document.text, self._eval_fraction)].append(data)
+        return _Encoded(train=b"".join(parts[0]), eval=b"".join(parts[1]), documents=len(parts[0]) + len(parts[1]), bad=bad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    train: bytes
+    eval: bytes
+    documents: int
+    bad: list[Bad]
+
+
+class TokenStream:
+    """The tokens of one split of a source, all pieces end to end, as if they were one array."""
+
+    def __init__(self, cache: SourceCache, split: str, lengths: list[int]):
+        self._files = [cache.path(p, f"{split}.bin") for p, n in enumerate(lengths) if n]
+        self._arrays = [np.memmap(path, dtype=cache.dtype, mode="r") for path in self._files]
+        self._ends = np.cumsum([len(a) for a in self._arrays], dtype=np.int64)
+        self.num_tokens = int(self._ends[-1]) if self._arrays else 0
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill the int64 array `out` with the tokens from `start` on."""
+        p, filled = int(np.searchsorted(self._ends, start, side="right")), 0
+        offset = start - (int(self._ends[p - 1]) if p else 0)
+        while filled < len(out):
+            part = self._arrays[p][offset : offset + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled, p, offset = filled + len(part), p + 1, 0
+
+    def file_of(self, token: int) -> Path:
+        return self._files[int(np.searchsorted(self._ends, token, side="right"))]
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the lock file; yields False if another process has it and `wait` is off.
+
+    The kernel drops the lock with its owner, so a dead builder holds up nobody. Where the file system has no locks, all may go on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        mine = _try_lock(file)
+        if not mine and wait:
+            log(f"waiting for another process that builds {path.with_suffix('')}")
+            while not mine:
+                time.sleep(0.1)
+                mine = _try_lock(file)
+        yield mine
+
+
+def _try_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # no locks on this file system
+    return True
+
+
+def _batches(documents: Iterable[Document | Bad]) -> Iterator[list[Document | Bad]]:
+    batch: list[Document | Bad] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) if isinstance(document, Document) else 1000
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _ahead(pool: Executor, function: Callable, items: Iterable, window: int) -> Iterator:
+    """`map` on a pool that reads no more than `window` items ahead, so that memory stays bounded."""
+    pending: collections.deque = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
