@@ -118,6 +118,7 @@ def _candidates(c: Config, field: str) -> Iterable:
     limits = {
         "data.tokenizer.vocab_size": [0, m.vocab_size, BYTE_IDS], "model.vocab_size": [BYTE_IDS, c.data.tokenizer.vocab_size],
         "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
+        "train.steps": [1, c.optim.warmup_steps + c.optim.constant_steps],
     }  # fmt: skip
     if field in limits:
         return limits[field]

@@ -54,12 +54,13 @@ def start(config: Config, device_type: str, target: Callable[[Config, Path], int
     logs = Path(config.run_dir) / "logs" / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True, exist_ok=True)
     environment.prepare_launch(device_type == "cpu")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)  # what it has to say, `_explain` says
+    for chatty in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL + 1)  # what they have to say, `_explain` says
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world_size,
-        run_id=config.name,
+        run_id="ranks",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",

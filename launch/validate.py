@@ -23,10 +23,11 @@ def _check_world(config: Config, world_size: int) -> None:
     rule = f"world = pp x edp x ep = {p.pp} x {p.edp} x {p.ep} = {p.world_size}, and {world_size} processes were started"
     if world_size % (p.pp * p.ep) == 0:
         raise ConfigError("parallel.edp", p.edp, rule, world_size // (p.pp * p.ep))
-    for field, value, others, limit in (("ep", p.ep, p.pp * p.edp, config.model.num_experts), ("pp", p.pp, p.edp * p.ep, config.model.num_layers)):
-        fit = world_size // others
-        if world_size % others == 0 and fit <= limit and (field == "pp" or config.model.num_experts % fit == 0):
-            raise ConfigError(f"parallel.{field}", value, rule, fit)
+    if world_size % (p.edp * p.ep) == 0 and (pp := world_size // (p.edp * p.ep)) <= config.model.num_layers:
+        raise ConfigError("parallel.pp", p.pp, rule, pp)
+    if world_size % (p.pp * p.edp) == 0 and config.model.num_experts % (ep := world_size // (p.pp * p.edp)) == 0:
+        raise ConfigError("parallel.ep", p.ep, rule, ep)
     unit = p.pp * p.ep
-    sizes = [n for n in (world_size // unit * unit, (world_size // unit + 1) * unit) if n]
-    raise ConfigError("the number of processes", world_size, f"must be a multiple of pp x ep = {p.pp} x {p.ep}, then edp can fit", closest(world_size, sizes))
+    sizes = [n * unit for n in (world_size // unit, world_size // unit + 1) if n]
+    rule += f", which is no multiple of pp x ep = {unit}"
+    raise ConfigError("number of processes", world_size, rule, closest(world_size, sizes))

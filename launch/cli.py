@@ -1,0 +1,195 @@
+"""The command line: `shoestring COMMAND ...`. One small function per command; its help is in one table.
+
+Nothing heavy is imported here: `shoestring --help` and `--cfg job` answer in half a second, where torch alone takes two. What a command
+runs is therefore named by a string and resolved when it is needed, in `_call` only; a test resolves every one of them.
+"""
+
+import argparse
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..conf.compose import load, to_yaml
+from . import environment, exit_codes
+
+_OVERRIDES = "settings such as model=small, optim.lr=3e-4 or experiment=tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """`arguments` fills the command's parser; `run` gets what was parsed and returns an exit code, or None for 0."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    examples: tuple[str, ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Errors that a person can mend are one line on stderr, others a traceback."""
+    _leave_the_tree()
+    parser, parsers = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return exit_codes.CONFIG
+    # Overrides may stand before and after options; argparse takes only the first run of them.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "overrides")):
+        parsers[args.command].error(f"what is {' '.join(rest)}?")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    try:
+        return COMMANDS[args.command].run(args) or exit_codes.OK
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_codes.of(error)
+        if code == exit_codes.FAILED:
+            raise
+        print(f"error: {exit_codes.sentence(error)}", file=sys.stderr)
+        return code
+
+
+def _leave_the_tree() -> None:
+    """`python -m shoestring...` in the repository puts it on the path, where `train` and `kernels` would be found as top-level packages
+    (transformers looks for a `kernels`)."""
+    tree = Path(__file__).resolve().parents[1]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != tree]
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exit_codes.MEANING.items())
+    parser = argparse.ArgumentParser(
+        prog="shoestring",
+        description="Trains DeepSeek-V3-class mixture-of-experts language models on a small budget.",
+        epilog=f"exit codes:\n{codes}\n\n`shoestring COMMAND --help` has each command's arguments and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"shoestring {__version__}")
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parsers = {}
+    for name, command in COMMANDS.items():
+        parsers[name] = choices.add_parser(
+            name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples) if command.examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.arguments(parsers[name])
+    return parser, parsers
+
+
+def _call(target: str, *args: Any, **kwargs: Any) -> Any:
+    """`target` is "module:function"."""
+    return pkgutil.resolve_name(target)(*args, **kwargs)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration instead of training")
+
+
+def _train(args: argparse.Namespace) -> int | None:
+    config = load(args.overrides, args.config_dir)
+    if args.cfg:
+        print(to_yaml(config), end="")
+        return None
+    environment.prepare(config.launch.threads)
+    return _call("shoestring.launch.launcher:train", config)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory (its newest checkpoint) or one checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new folder for config.json, safetensors and the tokenizer")
+
+
+def _export(args: argparse.Namespace) -> None:
+    environment.prepare(threads=1)
+    _call("shoestring.train.hf:export", args.source, args.out)
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="a Hugging Face DeepSeek-V3 checkpoint on this machine")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new folder for the checkpoint")
+
+
+def _import(args: argparse.Namespace) -> None:
+    environment.prepare(threads=1)
+    _call("shoestring.train.hf:import_", args.hf_dir, args.out)
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="tokenise and pack into the cache")
+    _config_arguments(build)
+    build.add_argument("--shard", type=int, default=0, metavar="I", help="this process's share of the work, from 0")
+    build.add_argument("--num-shards", type=int, default=1, metavar="N", help="how many processes share it")
+
+
+def _data(args: argparse.Namespace) -> None:
+    config = load(args.overrides, args.config_dir)
+    environment.prepare(threads=1)
+    _call("shoestring.train.data:build", config, shard=args.shard, num_shards=args.num_shards)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/tiny")
+
+
+def _report(args: argparse.Namespace) -> None:
+    print(_call("shoestring.launch.report:write", args.run_dir))
+
+
+COMMANDS = {
+    "train": Command(
+        help="train a model, or go on with a run that was stopped",
+        arguments=_train_arguments,
+        run=_train,
+        examples=(
+            "shoestring train experiment=tiny                              four processes on this machine, a minute",
+            "shoestring train experiment=tiny model=small parallel.ep=4    the same with another model and layout",
+            "shoestring train experiment=tiny --cfg job                    print every setting, train nothing",
+            "torchrun --nproc-per-node 8 -m shoestring.train ...           as ranks that torchrun starts",
+        ),
+    ),
+    "export": Command(
+        help="write a checkpoint as a Hugging Face DeepSeek-V3 model",
+        arguments=_export_arguments,
+        run=_export,
+        examples=("shoestring export runs/tiny out/tiny-hf",),
+    ),
+    "import": Command(
+        help="read a Hugging Face DeepSeek-V3 model into a checkpoint",
+        arguments=_import_arguments,
+        run=_import,
+        examples=("shoestring import path/to/model out/start",),
+    ),
+    "data": Command(
+        help="prepare data ahead of a run",
+        arguments=_data_arguments,
+        run=_data,
+        examples=(
+            "shoestring data build experiment=tiny",
+            "shoestring data build data=files 'data.sources.files.paths=[corpus/*.jsonl]' --shard 0 --num-shards 4",
+        ),
+    ),
+    "report": Command(
+        help="write a run's report.html again from its records",
+        arguments=_report_arguments,
+        run=_report,
+        examples=("shoestring report runs/tiny",),
+    ),
+}
