@@ -15,6 +15,11 @@ def count(value: float | None) -> str:
     return significant(value)
 
 
+def si(value: float | None) -> str:
+    """Three significant digits with an SI prefix, for FLOPs and the like: 9.43 M, 250 G, 989 T."""
+    return count(value).replace("B", "G")
+
+
 def money(value: float | None) -> str:
     """US dollars: $0.0012, $3.61, $1,234, $5.33 M."""
     if value is None or not math.isfinite(value):

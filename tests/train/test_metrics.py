@@ -181,7 +181,7 @@ def test_balance_figures():
     [
         (units.count(512), "512"), (units.count(10_312), "10.3 k"), (units.count(999_900), "1.00 M"), (units.count(671.03e9), "671 B"),
         (units.count(14.8e12), "14.8 T"), (units.count(0), "0"), (units.count(0.25), "0.250"), (units.count(None), "–"),
-        (units.count(1e-9), "1.00e-09"), (units.count(math.nan), "nan"),
+        (units.count(1e-9), "1.00e-09"), (units.count(math.nan), "nan"), (units.si(250e9), "250 G"),
         (units.money(0.0), "$0.00"), (units.money(0.0000612), "$0.000061"), (units.money(0.057), "$0.057"), (units.money(3.607), "$3.61"),
         (units.money(1234.4), "$1,234"), (units.money(5.328e6), "$5.33 M"), (units.money(math.inf), "∞"), (units.money(None), "–"),
         (units.duration(42.4), "0:42"), (units.duration(3723), "1:02:03"), (units.duration(59.7), "1:00"),

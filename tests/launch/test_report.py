@@ -1,0 +1,212 @@
+"""The report: right figures, nothing fetched, nothing unescaped, and a page for every half-written run."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shoestring.conf.compose import load, to_yaml
+from shoestring.launch.report import write_report
+from shoestring.launch.report_charts import thin
+from shoestring.train import metrics
+from shoestring.train.metrics import StepRecord
+from shoestring.train.sinks import JsonlSink
+
+LOADS = [[30, 10, 20, 0], [15, 15, 15, 15], [0, 60, 0, 0]]  # means 15
+
+
+def record(step: int, **changes) -> StepRecord:
+    fields = dict(
+        step=step, tokens=8192 * step, samples=32 * step, loss=8.0 / step, lr=1e-3, grad_norm=1.0, clip_coef=1.0, step_seconds=1.0,
+        tokens_per_second=8192.0, tokens_per_second_per_gpu=2048.0, mfu=0.25, seconds=1.5 * step, dollars=0.001 * step,
+        dollars_per_billion_tokens=5.0, max_vio=[0.5, 0.25, 1.5], expert_load=LOADS, time_unix=1e9,
+    )  # fmt: skip
+    return StepRecord(**(fields | changes))
+
+
+def make_run(path, records, *, config=None, summary=True):
+    config = config or load(["experiment=tiny"])
+    (path / "config.yaml").write_text(to_yaml(config))
+    sink = JsonlSink(path / "metrics.jsonl")
+    for r in records:
+        sink.write(r)
+    sink.close()
+    if summary:
+        metrics.summarize(config, records).write(path / "summary.json")
+
+
+class Markup(HTMLParser):
+    """Elements, their attributes, and text outside scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.scripts, self._in = [], [], "", [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._in = tag if tag in ("script", "style") else self._in
+
+    def handle_endtag(self, tag):
+        self._in = None if tag == self._in else self._in
+
+    def handle_data(self, data):
+        if self._in == "script":
+            self.scripts.append(data)
+        elif self._in is None:
+            self.text += data
+
+
+def read(path) -> tuple[Markup, dict]:
+    """The page and its figures by id."""
+    page = Markup(write_report(path).read_text())
+    found = re.search(r"const FIGURES = (.*);\n", "".join(page.scripts[-1:]))
+    return page, {figure["id"]: figure for figure in json.loads(found[1])} if found else {}
+
+
+def test_a_whole_run(tmp_path):
+    records = [record(s, eval_loss=7.5 if s == 4 else None) for s in range(1, 121)]
+    make_run(tmp_path, records)
+    page, figures = read(tmp_path)
+    train, held_out = figures["loss"]["data"]
+    assert train["y"] == [r.loss for r in records] and train["x"] == [r.tokens for r in records]
+    assert (held_out["x"], held_out["y"]) == ([4 * 8192], [7.5])
+    heat, dead = figures["load"]["data"]
+    assert heat["z"] == [[2, 2 / 3, 4 / 3, 0], [1, 1, 1, 1], [0, 4, 0, 0]] and heat["customdata"] == LOADS
+    assert heat["y"] == ["layer 1", "layer 2", "layer 3"]  # tiny's block 0 is dense
+    assert list(zip(dead["x"], dead["y"])) == [(3, "layer 1"), (0, "layer 3"), (2, "layer 3"), (3, "layer 3")]
+    assert [t["y"][0] for t in figures["max-vio"]["data"]] == [0.5, 0.25, 1.5]
+    assert set(figures["mfu"]["data"][0]["y"]) == {25.0}
+    assert figures["dollars"]["data"][0]["y"][-1] == 0.12
+    # Spent 0.12 on 983,040 tokens: $122 a billion. Parameters: tiny's.
+    facts = ("finished: 120 steps", "pp 2 × edp 1 × ep 2", "4 × CPU core")
+    for text in (*facts, "0.067", "7.500", "983 k", "$0.12", "$122", "3.44 M", "1.41 M active"):
+        assert text in page.text
+    assert "Missing or unusual" not in page.text
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_nothing_is_fetched(tmp_path):
+    make_run(tmp_path, [record(s) for s in range(1, 121)])
+    page, _ = read(tmp_path)
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert not {"src", "href", "srcset", "action", "onload", "onclick"} & {name for name, _ in page.attributes}
+    (policy,) = [value for name, value in page.attributes if value and "default-src" in value]
+    assert "default-src 'none'" in policy and "http" not in policy and "*" not in policy
+    assert "@import" not in (style := (tmp_path / "report.html").read_text().split("</style>")[0]) and "url(" not in style
+
+
+def test_text_from_the_run_is_only_ever_text(tmp_path):
+    evil = "</script><script>alert(1)</script><b onmouseover=x>&amp;"
+    config = load([])
+    config = dataclasses.replace(config, name=evil, model=dataclasses.replace(config.model, name=evil))
+    make_run(tmp_path, [record(1)], config=config)
+    page, _ = read(tmp_path)
+    assert page.tags.count("script") == 2 and "b" not in page.tags
+    assert page.text.count(evil) >= 3  # title, heading, facts: shown as it is
+    (tmp_path / "config.yaml").write_text(f"x: '{evil}")  # what cannot be parsed is still shown
+    page, _ = read(tmp_path)
+    assert page.tags.count("script") == 2 and evil in page.text
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({}, ["no metrics.jsonl", "no config.yaml", "no summary.json", "no step recorded"]),
+        ({"metrics.jsonl": ""}, ["holds no complete record"]),
+        ({"metrics.jsonl": '{"step":1,"tok'}, ["holds no complete record"]),
+        ({"metrics.jsonl": metrics.to_line(record(1))}, ["no config.yaml", "no summary.json", "No evaluation"]),
+        ({"metrics.jsonl": metrics.to_line(record(1)) + "rubbish\n" + metrics.to_line(record(2)) + '{"st'}, ["1 line(s)", "at line 2"]),
+        ({"metrics.jsonl": metrics.to_line(record(1, expert_load=None, max_vio=None))}, ["No expert load"]),
+        ({"metrics.jsonl": metrics.to_line(record(1, mfu=None)), "config.yaml": "ok"}, ["MFU is unknown"]),
+        ({"metrics.jsonl": metrics.to_line(record(1, loss=math.nan))}, ["not a number at 1 step(s), the first at step 1"]),
+        ({"config.yaml": "name: [half"}, ["config.yaml cannot be"]),
+        ({"config.yaml": "name: half\nmodel:\n  dim: 3\n"}, ["config.yaml cannot be used"]),
+        ({"config.yaml": "ok"}, ["no metrics.jsonl"]),
+        ({"summary.json": '{"steps": 3'}, ["summary.json cannot be read"]),
+        ({"summary.json": '{"steps": 3}'}, ["summary.json cannot be read: no "]),
+        ({"config.yaml": "ok", "metrics.jsonl": metrics.to_line(record(7)), "summary.json": "step 3"}, ["ends at step 3", "step 7 of 120"]),
+    ],
+    ids=range(14),
+)
+def test_a_half_written_run_says_what_is_missing(tmp_path, files, said):
+    config = load(["experiment=tiny"])
+    ready = {"ok": to_yaml(config)}
+    if files.get("summary.json") == "step 3":
+        metrics.summarize(config, [record(3)]).write(tmp_path / "summary.json")
+        files = {k: v for k, v in files.items() if k != "summary.json"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(ready.get(text, text))
+    page, figures = read(tmp_path)
+    for text in said:
+        assert text in page.text
+    assert bool(figures) == ('"step":' in files.get("metrics.jsonl", "") and files["metrics.jsonl"].count("time_unix") > 0)
+    assert page.text.count("–") >= 6 or figures  # unknown numbers are dashes
+
+
+def test_no_directory_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_restarts_are_marked_and_lost_steps_priced(tmp_path):
+    make_run(tmp_path, [record(s, session=int(s > 2)) for s in range(1, 5)], summary=False)
+    JsonlSink(tmp_path / metrics.LOST).write(record(3, step_seconds=9000.0))
+    page, figures = read(tmp_path)
+    assert [shape["x0"] for shape in figures["loss"]["layout"]["shapes"]] == [3 * 8192]
+    # 9000 s of four cores at $0.04 an hour.
+    assert "1 restart" in page.text and "$0.40 of it on lost steps" in page.text and "step 4 of 120" in page.text
+
+
+def test_many_layers_get_a_map(tmp_path):
+    config = load(["model=deepseek_v3"])
+    make_run(tmp_path, [record(s, max_vio=[i / 100 for i in range(58)], expert_load=[[5] * 256] * 58) for s in (1, 2)], config=config)
+    _, figures = read(tmp_path)
+    assert [t["name"] for t in figures["max-vio"]["data"]] == ["worst layer", "median layer"]
+    assert [t["y"] for t in figures["max-vio"]["data"]] == [[0.57, 0.57], [0.29, 0.29]]
+    assert figures["max-vio-map"]["data"][0]["z"] == [[i / 100] * 2 for i in range(58)]
+    assert figures["load"]["data"][0]["y"][::57] == ["layer 3", "layer 60"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), count=st.integers(1, 300), limit=st.integers(10, 100))
+def test_thinning_keeps_what_a_reader_would_miss(data, count, limit):
+    losses = data.draw(st.lists(st.floats(0, 10) | st.just(math.nan), min_size=count, max_size=count))
+    restart = data.draw(st.integers(0, count))
+    records = [record(i + 1, loss=x, session=int(i >= restart), expert_load=None) for i, x in enumerate(losses)]
+    kept = thin(records, limit)
+    steps = {r.step for r in kept}
+    assert steps == {r.step for r in records} or len(records) > limit
+    assert [r.step for r in kept] == sorted(steps) and {1, count} <= steps
+    finite = [x for x in losses if math.isfinite(x)]
+    if finite:
+        shown = [r.loss for r in kept if math.isfinite(r.loss)]
+        assert (min(shown), max(shown)) == (min(finite), max(finite))
+    assert restart in (0, count) or {restart, restart + 1} <= steps
+    changes = sum(math.isfinite(a) != math.isfinite(b) for a, b in itertools.pairwise(losses))
+    assert len(kept) <= limit + 2 * (2 + 1 + changes)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_draws_every_chart_without_complaint(tmp_path):
+    make_run(tmp_path, [record(s, loss=math.nan if s == 60 else 2.0, eval_loss=3.0 if s == 50 else None) for s in range(1, 121)])
+    _, figures = read(tmp_path)
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    drawn = re.findall(r'<div class="plot js-plotly-plot" id="([^"]+)"', done.stdout)
+    assert set(drawn) == set(figures)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
