@@ -217,7 +217,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor) -> Tensor:
         if tokens_BS.dim() != 2 or tokens_BS.shape[1] > self.m.max_seq_len:
-            raise ValueError(f"tokens of shape {tuple(tokens_BS.shape)}: want (batch, length of at most max_seq_len = {self.m.max_seq_len})")
+            raise ValueError(f"tokens of shape {tuple(tokens_BS.shape)}: want (batch, length up to max_seq_len = {self.m.max_seq_len})")
         batch, values = MicroBatch(tokens_BS=tokens_BS, targets_BS=tokens_BS, counted=False), (tokens_BS,)
         for phase in self.stage.phases[:-1]:
             out = phase.forward(None, batch, *values)
