@@ -94,7 +94,7 @@ def load_tokenizer(path: str | Path, end_of_document: str = "") -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the Rust side raises bare Exception
-        raise ConfigError("data.tokenizer.path", path, f"is not a readable tokenizer.json ({_first_line(error)})") from None
+        raise ConfigError("data.tokenizer.path", str(path), f"no readable tokenizer.json at {path} ({_first_line(error)})") from None
     candidates = (end_of_document,) if end_of_document else _KNOWN_ENDS
     for token in candidates:
         if backend.token_to_id(token) is not None:
