@@ -1,4 +1,4 @@
-"""One rank: its device, its process group, its mesh, the trainer, and an exit code for whatever came of it."""
+"""One rank: its device, its process group, the trainer, and an exit code for whatever came of it."""
 
 import datetime
 import json
@@ -7,19 +7,19 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ..conf.schema import Config
-from ..parallel.groups import Mesh
 from ..train import trainer
-from . import device, exit_codes
+from . import device, environment, exit_codes
 from .environment import Place
+from .finish import conclude
 
-Train = Callable[..., trainer.Summary | None]
+Train = Callable[..., trainer.Outcome]
 
 
 class Stop:
@@ -46,8 +46,8 @@ class Stop:
         self._asked = True
 
 
-def run(config: Config, place: Place, *, failures: Path | None = None, train: Train = trainer.run) -> int:
-    """Train as one rank; the exit code (`launch/exit_codes.py`).
+def run(config: Config, place: Place, command: Sequence[str], *, failures: Path | None = None, train: Train = trainer.run) -> int:
+    """Train as one rank; the exit code (`launch/exit_codes.py`). Rank 0 ends with what `command` has made and how to go on.
 
     An error is one line on stderr, or a file in the folder `failures`, from which a launcher can tell which rank's came first.
     """
@@ -55,17 +55,18 @@ def run(config: Config, place: Place, *, failures: Path | None = None, train: Tr
     try:
         chosen = device.start(config, place)
         _join(config, place, chosen)
-        mesh = Mesh.create(config.parallel, place.rank, tied=config.model.tie_embeddings)
-        summary = train(config, mesh, chosen, log=_log(place), stop=stop)
+        outcome = train(config, chosen, stop=stop, log=_say)
         dist.destroy_process_group()
+        if place.rank == 0:
+            _say(closing.close(config, outcome, command))
     except BaseException as error:
         return _report(error, place, failures)
-    return exit_codes.PREEMPTED if summary is not None and summary.preempted else exit_codes.OK
+    return exit_codes.PREEMPTED if outcome.stopped else exit_codes.OK
 
 
-def run_launched(config: Config, failures: Path, train: Train = trainer.run) -> int:
+def run_launched(config: Config, failures: Path, command: Sequence[str], train: Train = trainer.run) -> int:
     """`run` in a process that our launcher started. A failed rank leaves at once: its peers are gone or stuck, so nothing can be closed."""
-    code = run(config, Place.from_environment(), failures=failures, train=train)
+    code = run(config, Place.from_environment(), command, failures=failures, train=train)
     if code not in (exit_codes.OK, exit_codes.PREEMPTED):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
@@ -83,8 +84,8 @@ def _join(config: Config, place: Place, on: torch.device) -> None:
     dist.init_process_group(timeout=timeout, **kind)
 
 
-def _log(place: Place) -> Callable[[str], None]:
-    return (lambda text: print(text, flush=True)) if place.rank == 0 else (lambda text: None)
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _report(error: BaseException, place: Place, failures: Path | None) -> int:

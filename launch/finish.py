@@ -1,0 +1,34 @@
+"""What a person reads when training ends: the summary, where the report is, and how to go on."""
+
+import shlex
+from collections.abc import Sequence
+
+from ..conf.schema import Config
+from ..train import units
+from ..train.metrics import Summary
+from ..train.trainer import Outcome
+from .report import write_report
+
+
+def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
+    """Write the report; the closing lines. `command`: the words that started this run, to be given again."""
+    again = shlex.join(command)
+    if outcome.summary is None:
+        return f"nothing was trained yet. To begin:\n  {again}"
+    lines = [*_facts(outcome.summary, config.train.steps), f"report    {write_report(config.run_dir)}"]
+    if outcome.step < config.train.steps:
+        lines.append(f"{'stopped' if outcome.stopped else 'paused'} at step {outcome.step} of {config.train.steps}. To go on:\n  {again}")
+    else:
+        longer = [word for word in command if not word.startswith("train.steps=")] + [f"train.steps={2 * config.train.steps}"]
+        lines.append(f"complete. To go on for as long again:\n  {shlex.join(longer)}")
+    return "\n" + "\n".join(lines)
+
+
+def _facts(s: Summary, total: int) -> list[str]:
+    evaluated = f", held-out {s.eval_loss:.3f}" if s.eval_loss is not None else ""
+    return [
+        f"trained   {s.name}: {s.steps} of {total} steps, {units.count(s.tokens)} tokens in {units.duration(s.seconds)}",
+        f"loss      {s.loss_first:.3f} -> {s.loss_last:.3f}{evaluated}",
+        f"speed     {units.count(s.tokens_per_second)} tokens/s, MFU {units.percent(s.mfu)}, on {s.world_size} ranks ({s.layout}), {s.device}",
+        f"cost      {units.money(s.dollars)}",
+    ]
