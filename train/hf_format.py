@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from ..conf.schema import ModelConfig, YarnConfig
+from .manifest import CheckpointError
 from .model import CausalLM
 
 STORED_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
 
 
-class HFError(ValueError):
-    """A checkpoint that cannot be read or written faithfully; the message names the file, and the tensor or field."""
+class HFError(CheckpointError):
+    """A Hugging Face checkpoint that cannot be read or written faithfully; the message names the file, and the tensor or field."""
 
 
 # ---------------------------------------------------------------- config.json

@@ -1,0 +1,441 @@
+"""To and from Hugging Face: the same logits on both sides, every tensor accounted for, and nothing half-right is accepted.
+
+That logits and gradients equal `transformers` for many configurations is in test_equals_transformers.py.
+"""
+
+import dataclasses
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from shoestring.conf.compose import load, to_yaml
+from shoestring.conf.schema import ModelConfig, YarnConfig
+from shoestring.launch.local import fork_ranks
+from shoestring.parallel.phases import MicroBatch
+from shoestring.train import hf_files
+from shoestring.train.checkpoint import Checkpointer
+from shoestring.train.engine import Engine
+from shoestring.train.hf import HFError, ModelWeights, export, import_, load_pretrained, write
+from shoestring.train.hf_format import model_config_from_hf, pieces, to_hf_config, weight_shapes
+from shoestring.train.model import CausalLM, materialise
+from shoestring.train.tokenizer import train_bpe
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
+
+YARN = YarnConfig(factor=4.0, original_max_seq_len=16, beta_fast=8.0, mscale=1.0, mscale_all_dim=1.0)
+
+
+def small(**changes) -> ModelConfig:
+    fields = dict(
+        name="imported", num_layers=3, dim=32, vocab_size=67, max_seq_len=64, num_heads=2, q_lora_rank=12, kv_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, num_dense_layers=1, dense_hidden_dim=44, num_experts=8,
+        num_shared_experts=1, top_k=3, expert_hidden_dim=20, num_groups=4, num_limited_groups=2, route_scale=2.5, init_std=0.15,
+    )  # fmt: skip
+    return ModelConfig(**(fields | changes))
+
+
+SHAPES = {
+    "deepseek-v3 in small": small(),
+    "no q latent, YaRN, two shared": small(q_lora_rank=0, yarn=YARN, num_shared_experts=2),
+    "tied, one group, not normalised": small(tie_embeddings=True, num_groups=1, num_limited_groups=1, norm_topk=False),
+    "no shared expert, no dense block": small(num_shared_experts=0, num_dense_layers=0),
+    "only dense blocks": small(num_dense_layers=3),
+}
+
+
+def build(m: ModelConfig, dtype=torch.float32, seed: int = 0) -> CausalLM:
+    """A model with random weights, norms and biases included."""
+    with torch.device("meta"):
+        model = CausalLM(m, dtype)
+    materialise(model.stage, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.stage.named_parameters(), *model.stage.named_buffers()]:
+            if tensor.dim() == 1:
+                tensor.normal_(0.0, 0.1, generator=generator).add_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def tokens(m: ModelConfig, seed: int = 1) -> torch.Tensor:
+    return torch.randint(m.vocab_size, (2, 23), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A checkpoint of SHAPES[first] in several shards."""
+    model = build(small())
+    write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
+    return tmp_path / "hf"
+
+
+# ---------------------------------------------------------------- config.json
+
+DIMS = st.integers(1, 9)
+MODELS = st.builds(
+    ModelConfig, name=st.just("imported"), num_layers=st.integers(4, 9), dim=DIMS, vocab_size=DIMS, max_seq_len=DIMS, num_heads=DIMS,
+    q_lora_rank=st.integers(0, 9), kv_lora_rank=DIMS, qk_nope_head_dim=DIMS, qk_rope_head_dim=DIMS.map(lambda n: 2 * n), v_head_dim=DIMS,
+    rope_theta=st.floats(10, 1e6), num_dense_layers=st.integers(0, 4), dense_hidden_dim=DIMS, num_experts=DIMS, top_k=DIMS,
+    num_shared_experts=st.integers(0, 3), expert_hidden_dim=DIMS, num_groups=DIMS, num_limited_groups=DIMS, norm_topk=st.booleans(),
+    route_scale=st.floats(0.1, 9), norm_eps=st.sampled_from([1e-6, 1e-5]), init_std=st.floats(1e-3, 1), tie_embeddings=st.booleans(),
+    yarn=st.just(YarnConfig()) | st.builds(
+        YarnConfig, factor=st.floats(1.5, 40), original_max_seq_len=st.integers(1, 9999), beta_fast=st.floats(2, 40),
+        beta_slow=st.floats(0.5, 1.5), mscale=st.floats(0, 2), mscale_all_dim=st.floats(0, 2),
+    ),
+)  # fmt: skip
+
+
+@given(m=MODELS, dtype=st.sampled_from(["fp32", "bf16", "fp64"]))
+def test_config_round_trip(m, dtype):
+    config = json.loads(json.dumps(to_hf_config(m, dtype)))
+    assert model_config_from_hf(config) == m
+
+
+@given(m=MODELS)
+def test_config_round_trip_through_transformers(m):
+    assume(m.num_experts % m.num_groups == 0)
+    kept = DeepseekV3Config(**to_hf_config(m, "bf16")).to_dict()
+    assert model_config_from_hf(kept) == m
+
+
+def test_the_released_config_is_the_preset():
+    released = json.loads("""{
+      "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+      "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1,
+      "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+      "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+      "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+      "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+      "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+      "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                       "original_max_position_embeddings": 4096, "type": "yarn"},
+      "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": false, "topk_group": 4,
+      "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128,
+      "vocab_size": 129280}""")
+    preset = load(["model=deepseek_v3"]).model
+    read = model_config_from_hf(released)
+    long = YarnConfig(factor=40.0, original_max_seq_len=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+    assert read == dataclasses.replace(preset, name="imported", max_seq_len=163840, init_std=0.02, yarn=long)
+    written = to_hf_config(read, "bf16")
+    ignored = {"auto_map", "bos_token_id", "eos_token_id", "ep_size", "torch_dtype", "transformers_version", "num_nextn_predict_layers"}
+    for field, value in released.items():
+        assert field in ignored or written[field] == value, field
+
+
+@pytest.mark.parametrize(
+    "field, value, part",
+    [
+        ("rope_interleave", False, "rope_interleave = False is not supported"),
+        ("attention_bias", True, "attention_bias = True"),
+        ("hidden_act", "gelu", "hidden_act = 'gelu'"),
+        ("scoring_func", "softmax", "scoring_func = 'softmax'"),
+        ("topk_method", "greedy", "topk_method = 'greedy'"),
+        ("moe_layer_freq", 2, "moe_layer_freq = 2"),
+        ("model_type", "deepseek_v2", "model_type = 'deepseek_v2'"),
+        ("num_key_value_heads", 1, "num_key_value_heads = 1"),
+        ("quantization_config", {"quant_method": "fp8"}, "convert them to bfloat16"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling.type = 'linear'"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings = None must be a number"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "attention_factor": 1.2}, "rope_scaling.attention_factor = 1.2"),
+        ("n_group", None, "n_group = None must be a value of type int"),
+        ("hidden_size", "32", "hidden_size = '32' must be"),
+    ],
+)
+def test_a_config_that_asks_for_something_else_is_refused(field, value, part):
+    with pytest.raises(HFError) as error:
+        model_config_from_hf(to_hf_config(small(), "fp32") | {field: value})
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "q_lora_rank", "n_group", "norm_topk_prob", "rms_norm_eps"])
+def test_a_size_is_never_guessed(field):
+    config = to_hf_config(small(), "fp32")
+    del config[field]
+    with pytest.raises(HFError, match=f"{field} is missing"):
+        model_config_from_hf(config)
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("m", [*SHAPES.values(), load(["model=tiny"]).model], ids=[*SHAPES, "tiny"])
+def test_pieces_cover_every_weight_once(m, stacked):
+    filled = {name: torch.zeros(shape, dtype=torch.int8).flatten() for name, shape in weight_shapes(m).items()}
+    names = []
+    for p in pieces(m, stacked=stacked):
+        names.append(p.name)
+        if p.numel:
+            filled[p.weight][p.offset : p.offset + p.numel] += 1
+    assert all((count == 1).all() for count in filled.values())
+    assert len(names) == len(set(names))
+
+
+def test_deepseek_v3_has_the_released_tensors():
+    """Counted by hand: 3 outside the blocks; 9 per block; 3 per dense block; gate, bias, 3 shared and 3 per expert in the others."""
+    by_name = {p.name: p.shape for p in pieces(load(["model=deepseek_v3"]).model)}
+    assert len(by_name) == 3 + 61 * 9 + 3 * 3 + 58 * (2 + 3 + 256 * 3)
+    assert by_name["model.layers.60.mlp.experts.255.down_proj.weight"] == (7168, 2048)
+    assert by_name["model.layers.3.mlp.gate.e_score_correction_bias"] == (256,)
+    assert by_name["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"] == (576, 7168)
+
+
+# ---------------------------------------------------------------- to transformers and back
+
+
+@pytest.mark.parametrize("m", SHAPES.values(), ids=SHAPES.keys())
+def test_transformers_loads_what_we_write(m, tmp_path):
+    ours = build(m)
+    write(ModelWeights(ours), m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    assert relative(theirs(tokens(m)).logits, ours(tokens(m))) <= 1e-5
+
+    theirs.save_pretrained(tmp_path / "one by one", max_shard_size="50KB")
+    theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    for kind in ("hf", "one by one", "stacked"):
+        back = load_pretrained(tmp_path / kind)
+        assert back.m == dataclasses.replace(m, name="imported")
+        assert torch.equal(back(tokens(m)), ours(tokens(m)))
+
+
+def test_bf16(tmp_path):
+    """Weights are rounded once; the selection bias, which steps of 0.001 have moved, is not."""
+    ours = build(small())
+    write(ModelWeights(ours), ours.m, tmp_path / "hf", dtype="bf16")
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {name: t.dtype for name, t in stored.items() if t.dtype != torch.bfloat16} == {
+        f"model.layers.{i}.mlp.gate.e_score_correction_bias": torch.float32 for i in (1, 2)
+    }
+    assert torch.equal(stored["model.layers.1.mlp.gate.e_score_correction_bias"], ours.stage.layers["1"].router.bias)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == torch.bfloat16
+    back = load_pretrained(tmp_path / "hf", dtype="auto")
+    assert back.stage.embed.dtype == torch.bfloat16 and back.stage.layers["1"].router.bias.dtype == torch.float32
+    wide = load_pretrained(tmp_path / "hf")
+    assert relative(wide(tokens(ours.m)), theirs.float()(tokens(ours.m)).logits) <= 1e-5
+
+
+def test_shards_and_memory_stay_small(tmp_path, monkeypatch):
+    """At most one weight of ours and one shard of theirs are alive, whatever the size of the model."""
+    model, limit, held, written = build(small()), 30_000, [], []
+
+    class Watched(ModelWeights):
+        def read(self, name):
+            assert not any(ref() is not None for ref in held), "an earlier weight is still held"
+            copy = super().read(name).clone().flatten()
+            held.append(weakref.ref(copy))
+            return copy
+
+    def save(tensors, path, **options):
+        written.append(sum(t.untyped_storage().nbytes() for t in tensors.values()))
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(hf_files, "save_file", save)
+    write(Watched(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=limit)
+    assert len(written) > 3 and max(written) <= limit
+    index = json.loads((tmp_path / "hf" / hf_files.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(written)
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path):
+    model = build(small())
+
+    class Failing(ModelWeights):
+        def read(self, name):
+            if name == "norm":
+                raise OSError("disk gone")
+            return super().read(name)
+
+    with pytest.raises(OSError):
+        write(Failing(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=30_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_overwrites_nothing(folder):
+    model = build(small())
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(HFError, match="is not an empty folder"):
+        write(ModelWeights(model), model.m, folder, dtype="fp32")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_source_of_another_model_is_refused(tmp_path):
+    model = build(small())
+    for m, part in ((small(num_layers=4), "lack layers.3"), (small(num_layers=2), "that its model does not: layers.2")):
+        with pytest.raises(HFError, match=part):
+            write(ModelWeights(model), m, tmp_path / "hf", dtype="fp32")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def change(folder: Path, edit) -> None:
+    """`edit` all tensors, then write them as a single file."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / hf_files.INDEX).unlink()
+    edit(tensors)
+    save_file(tensors, folder / hf_files.SINGLE)
+
+
+UP = "model.layers.2.mlp.experts.7.up_proj.weight"
+MTP = "model.layers.3.eh_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "edit, part",
+    [
+        (lambda t: t.pop(UP), f"missing {UP}"),
+        (lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias"), "missing model.layers.1.mlp.gate.e_score_correction_bias"),
+        (lambda t: t.update({"model.layers.2.mlp.experts.8.up_proj.weight": t[UP].clone()}), "unexpected model.layers.2.mlp.experts.8"),
+        (lambda t: t.update({UP: t[UP].t().contiguous()}), f"{UP} has shape (32, 20), and config.json asks for (20, 32)"),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is stored as I8"),
+        (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), f"{UP} is stored as F8_E4M3"),
+        (lambda t: t.update({UP + "_scale_inv": torch.ones(1, 1)}), f"unexpected {UP}_scale_inv: quantised"),
+        (lambda t: t.update({MTP: torch.ones(1, 1)}), f"past the last one, 2 (multi-token prediction): {MTP}"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(1, 1)}), "unexpected model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(folder, tmp_path, edit, part):
+    change(folder, edit)
+    with pytest.raises(HFError) as error:
+        load_pretrained(folder)
+    assert part in str(error.value)
+    with pytest.raises(HFError):
+        import_(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mtp_layers_are_left_out_when_told(folder):
+    wanted = load_pretrained(folder)(tokens(small()))
+    change(folder, lambda t: t.update({MTP: torch.ones(1, 1)}))
+    assert torch.equal(load_pretrained(folder, skip_mtp=True)(tokens(small())), wanted)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_second_copy_of_a_tied_table(tmp_path, equal):
+    model = build(small(tie_embeddings=True))
+    write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
+    change(tmp_path / "hf", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + (0.0 if equal else 1e-6)}))
+    if equal:
+        assert torch.equal(load_pretrained(tmp_path / "hf")(tokens(model.m)), model(tokens(model.m)))
+    else:
+        with pytest.raises(HFError, match=r"lm_head.weight differs"):
+            load_pretrained(tmp_path / "hf")
+
+
+def _edit_index(folder, edit):
+    index = json.loads((folder / hf_files.INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / hf_files.INDEX).write_text(json.dumps(index))
+
+
+def _first(folder):
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+@pytest.mark.parametrize(
+    "damage, part",
+    [
+        (lambda f: _first(f).unlink(), "the file is missing"),
+        (lambda f: _first(f).write_bytes(_first(f).read_bytes()[:-1]), "is not a whole safetensors file"),
+        (lambda f: _edit_index(f, lambda w: w.pop(UP)), f"does not list {UP}"),
+        (lambda f: _edit_index(f, lambda w: w.update({UP: _first(f).name})), f"says that {UP} is in {'model-00001'}"),
+        (lambda f: _edit_index(f, lambda w: w.update({UP: "../elsewhere.safetensors"})), "is not the name of a file in this folder"),
+        (lambda f: (f / hf_files.INDEX).write_text("{"), "is not JSON"),
+        (lambda f: (f / "config.json").unlink(), "cannot be read"),
+        (lambda f: (f / hf_files.INDEX).unlink(), "has neither"),
+    ],
+)
+def test_damaged_folders_are_refused(folder, damage, part):
+    damage(folder)
+    with pytest.raises(HFError) as error:
+        load_pretrained(folder)
+    assert part in str(error.value)
+
+
+# ---------------------------------------------------------------- runs
+
+TINY = [
+    "model.num_layers=3", "model.dim=32", "model.vocab_size=300", "model.dense_hidden_dim=64", "model.expert_hidden_dim=16",
+    "model.num_heads=2", "data.seq_len=16", "train.global_batch_tokens=256", "train.eval_sequences=4",
+]  # fmt: skip
+
+
+def _save_run(config, run_dir):
+    engine = Engine(config)
+    engine.biases += torch.arange(engine.biases.numel()).view_as(engine.biases) * 1e-3
+    extra = {"progress": {"step": 0}, "model": dataclasses.asdict(config.model), "precision": config.precision.compute}
+    Checkpointer(run_dir / "checkpoints", keep_last=1, async_save=False).save(7, engine.chunks(saving=True), extra)
+
+
+def test_a_run_of_four_ranks_is_exported_whole(tmp_path):
+    config = load([*TINY, "parallel.pp=2", "parallel.ep=2", "precision=bf16"])
+    run_dir = tmp_path / "run"
+    fork_ranks(4, _save_run, config, run_dir)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    train_bpe(["def f(x):\n    return x\n"] * 9, 300).save(run_dir / "tokenizer.json")
+
+    assert export(run_dir, tmp_path / "hf").name == "step_00000007"
+    with torch.device("meta"):
+        alone = CausalLM(config.model, torch.bfloat16)
+    materialise(alone.stage, seed=config.train.seed)
+    for i, layer in enumerate(("1", "2")):
+        alone.stage.layers[layer].router.bias += (torch.arange(16) + 16 * i) * 1e-3
+    back = load_pretrained(tmp_path / "hf", dtype="auto")
+    wanted = {**dict(alone.stage.named_parameters()), **dict(alone.stage.named_buffers())}
+    found = {**dict(back.stage.named_parameters()), **dict(back.stage.named_buffers())}
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name]), name
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "def g(x):\n    return 'ünï'\n"
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == theirs.eos_token_id is not None
+
+    one = export(run_dir / "checkpoints" / "step_00000007", tmp_path / "fp32", dtype="fp32", max_shard_bytes=1e5)
+    assert one.name == "step_00000007" and len(list((tmp_path / "fp32").glob("*.safetensors"))) > 3
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(HFError, match="holds no complete checkpoint"):
+        export(tmp_path, tmp_path / "hf")
+
+
+def _loss_of_first(config, checkpoint, batch):
+    """(mean loss, sum of all moments) of an engine that begins with `checkpoint`."""
+    engine = Engine(config)
+    extra = Checkpointer(checkpoint.parent, keep_last=1, async_save=False).load(checkpoint, engine.chunks(saving=False))
+    engine.optimizer.load_state(extra["progress"]["step"])
+    mine = batch.chunk(config.parallel.dp)[engine.mesh.dp_rank]
+    loss, count = engine.evaluate([MicroBatch(tokens_BS=b[:, :-1], targets_BS=b[:, 1:]) for b in mine.split(1)])
+    return loss / count, sum(c.data.abs().sum().item() for name, c in engine.optimizer.state().items() if not name.endswith(".master"))
+
+
+@pytest.mark.parametrize("layout", [["parallel.pp=1"], ["parallel.pp=2", "parallel.ep=2"]])
+def test_training_starts_from_an_import(tmp_path, layout):
+    model = build(small(vocab_size=259))
+    write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
+    checkpoint = import_(tmp_path / "hf", tmp_path / "start", name="mine")
+    words = ["model=mine", "data.seq_len=16", "train.global_batch_tokens=64", "train.eval_sequences=4", *layout]
+    config = load(words, tmp_path / "start")
+    assert config.model == dataclasses.replace(model.m, name="mine")
+
+    batch = torch.randint(259, (4, 17), generator=torch.Generator().manual_seed(3))
+    answers = fork_ranks(config.parallel.world_size, _loss_of_first, config, checkpoint, batch)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    wanted = F.cross_entropy(theirs(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).item()
+    for loss, moments in answers:
+        assert loss == pytest.approx(wanted, rel=1e-5) and moments == 0
