@@ -106,12 +106,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 _ALLOWED = {
-    "torch": "Size float64 float32 bfloat16 float16 int64 int32 int16 int8 uint8 bool".split(),
+    "torch": ["Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"],
     "torch.serialization": ["_get_layout"],
     "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties ChunkStorageMetadata _MEM_FORMAT_ENCODING"
-    ).split(),
+    "torch.distributed.checkpoint.metadata": [
+        *("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+    ],
 }
 
 

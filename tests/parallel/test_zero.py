@@ -1,0 +1,404 @@
+"""Both engines against one process with torch's own AdamW and clip_grad_norm_, over layouts of up to four ranks.
+
+The gradients are made so that any layout can compute them: noise that is a function of (parameter, step, share of the global batch),
+plus a pull that depends on the weights, so that an error in one step feeds into the next. Their sizes differ a thousandfold between
+parameters: a norm that misses one, or counts one twice, is far off.
+"""
+
+import itertools
+import math
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from shoestring.launch.local import RankFailed, fork_ranks
+from shoestring.parallel import deepspeed_zero
+from shoestring.parallel.optimizer import make_optimizer
+from shoestring.parallel.whole import ALIGNMENT, WholeOptimizer, even_cuts, unit_cuts
+from shoestring.parallel.zero import AdamW, Spec, squared_norm
+from torch import nn
+
+SHARES = 4  # of the global batch, dealt out over dp
+HYPER = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+LR = (1e-2, 3e-3, 1e-2, 2e-2)  # differs between steps
+LAYOUTS = [  # (pp, edp, ep)
+    (1, 1, 1),  # one process: groups of one
+    (1, 2, 2),  # experts sharded and replicated
+    (1, 1, 4),  # experts not replicated at all
+    (1, 4, 1),  # experts replicated like everything else
+    (2, 1, 2),  # two stages, with a parameter tied across them
+    (2, 2, 1),
+]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A parameter of the toy model; sizes that no partition divides. A stage of None: tied, on the first and the last."""
+
+    shape: tuple[int, ...]
+    stage: int | None
+    size: float = 1.0  # of its gradients
+    expert: bool = False
+
+
+TOYS = {
+    "embed": Toy((101, 36), None, 0.3),
+    "layers.0.norm": Toy((36,), 0, 20.0),
+    "layers.0.attn": Toy((144, 36), 0, 0.1),
+    "layers.0.experts.up": Toy((8, 48, 36), 0, 5.0, expert=True),
+    "layers.1.norm": Toy((7,), 1, 0.01),  # fewer elements than ranks x alignment: most ranks own none
+    "layers.1.attn": Toy((131, 36), 1, 1.0),
+    "layers.1.experts.down": Toy((8, 36, 24), 1, 8.0, expert=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_in_parent():
+    deepspeed_zero.preload()  # once, before the forks
+
+
+# ---------------------------------------------------------------- the toy model
+
+
+def decays(name):
+    return "norm" not in name
+
+
+def initial(name):
+    return torch.randn(TOYS[name].shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.1
+
+
+def share_grad(name, weights, step, share, stage, rows=slice(None)):
+    """This share's gradient of `name` made on `stage` (a tied parameter has two), for the experts in `rows`, FP64."""
+    toy = TOYS[name]
+    noise = torch.randn(toy.shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step} {share} {stage}".encode())))
+    return toy.size * (0.02 * noise[rows].double() + 0.05 * weights.double())
+
+
+class Mesh:
+    def __init__(self, layout):
+        pp, edp, ep = layout
+        rank, dp, per = dist.get_rank(), edp * ep, SHARES // (edp * ep)
+        self.pp, self.ep, row, self.column = pp, ep, rank // ep % edp, rank % ep
+        self.stages = [rank // dp] if pp > 1 else [0, 1]
+        dense = [dist.new_group(range(p * dp, (p + 1) * dp)) for p in range(pp)]
+        expert = [[dist.new_group([p * dp + i * ep + e for i in range(edp)]) for e in range(ep)] for p in range(pp)]
+        self.dense, self.expert, self.tied = dense[rank // dp], expert[rank // dp][self.column], dist.new_group(range(pp * dp))
+        self.dense_shares = range(rank % dp * per, (rank % dp + 1) * per)
+        self.expert_shares = range(row * ep * per, (row + 1) * ep * per)  # what an all-to-all brings
+
+    def specs(self, dtype, toys=None, unit=lambda name: 1):
+        specs = []
+        for name, toy in (toys or TOYS).items():
+            if toy.stage is None or toy.stage in self.stages:
+                full = initial(name)
+                local = full.chunk(self.ep)[self.column] if toy.expert else full
+                specs.append(
+                    Spec(
+                        name=name,
+                        param=nn.Parameter(local.to(dtype).contiguous()),
+                        numel=full.numel(),
+                        offset=self.column * local.numel() if toy.expert else 0,
+                        group=self.tied if toy.stage is None and self.pp > 1 else self.expert if toy.expert else self.dense,
+                        stage=self.stages[0] if toy.stage is None else toy.stage,
+                        decay=decays(name),
+                        unit=unit(name),
+                    )
+                )
+        # The tied parameter comes last on the last stage, as a head would: the order of groups differs between ranks.
+        return specs[1:] + specs[:1] if self.stages == [1] else specs
+
+    def backward(self, specs, step):
+        for s in specs:
+            toy = TOYS[s.name]
+            rows = slice(s.offset * toy.shape[0] // s.numel, (s.offset + s.param.numel()) * toy.shape[0] // s.numel)
+            for share in self.expert_shares if toy.expert else self.dense_shares:
+                for stage in self.stages if toy.stage is None else [toy.stage]:
+                    s.param.main_grad += share_grad(s.name, s.param.detach(), step, share, stage, rows).to(s.param.main_grad.dtype)
+
+
+def reference(dtype, steps, hyper=HYPER):
+    """One process and torch only: {name: master}, {name: (exp_avg, exp_avg_sq)}, norms."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    masters = {n: nn.Parameter(initial(n).to(dtype).to(wide)) for n in TOYS}
+    groups = [{"params": [m for n, m in masters.items() if decays(n) == d], "weight_decay": hyper.weight_decay * d} for d in (True, False)]
+    adamw = torch.optim.AdamW(groups, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps)
+    norms = []
+    for step in range(steps):
+        for n, m in masters.items():
+            stages = (0, 1) if TOYS[n].stage is None else (TOYS[n].stage,)
+            shares = [share_grad(n, m.detach().to(dtype), step, k, s) for k in range(SHARES) for s in stages]
+            m.grad = (sum(shares) / SHARES).to(wide)
+        norms.append(nn.utils.clip_grad_norm_(masters.values(), hyper.clip).item())
+        for group in adamw.param_groups:
+            group["lr"] = LR[step]
+        adamw.step()
+    moments = {n: (adamw.state[m]["exp_avg"], adamw.state[m]["exp_avg_sq"]) for n, m in masters.items()}
+    return {n: m.detach() for n, m in masters.items()}, moments, norms
+
+
+def train(layout, build, dtype, steps, by_stage=False, unit=lambda name: 1):
+    """Body of a rank: its pieces, its weights, the norms and clip coefficients."""
+    mesh = Mesh(layout)
+    specs = mesh.specs(dtype, unit=unit)
+    optimizer, record = build(specs), []
+    for step in range(steps):
+        mesh.backward(specs, step)
+        for stage in reversed(mesh.stages) if by_stage else [None]:
+            optimizer.reduce(stage)
+        norm = optimizer.norm(1 / SHARES)
+        record.append((norm.item(), optimizer.step(norm, LR[step]).item()))
+        assert all(g.count_nonzero() == 0 for g in optimizer.main_grad.values())
+        assert all(s.param.main_grad.data_ptr() == optimizer.main_grad[s.name].data_ptr() for s in specs)
+    pieces = {k: (c.numel, c.offset, c.data.clone()) for k, c in optimizer.state().items()}
+    return pieces, {s.name: (s.offset, s.param.detach().clone()) for s in specs}, record
+
+
+def run(layout, engine, dtype, steps=4, hyper=HYPER, **options):
+    """Whole state tensors and record. Every element must have had one owner, every replica the owner's weights, all one record."""
+    build = engine if callable(engine) else lambda specs: make_optimizer(engine, specs, hyper)
+    ranks = fork_ranks(math.prod(layout), lambda: train(layout, build, dtype, steps, **options), timeout_s=60)
+    whole, owners = {}, {}
+    for pieces, _, record in ranks:
+        assert record == ranks[0][2], "ranks disagree about the norm or the clip coefficient"
+        for key, (numel, offset, data) in pieces.items():
+            whole.setdefault(key, torch.zeros(numel, dtype=data.dtype))[offset : offset + len(data)] = data
+            owners.setdefault(key, torch.zeros(numel))[offset : offset + len(data)] += 1
+    assert whole.keys() == {f"{n}.{k}" for n in TOYS for k in ("master", "exp_avg", "exp_avg_sq")}
+    assert all((o == 1).all() for o in owners.values()), "an element has no owner, or two"
+    for name, (offset, weights) in (item for r in ranks for item in r[1].items()):
+        master = whole[f"{name}.master"][offset : offset + weights.numel()]
+        assert torch.equal(weights.flatten(), master.to(weights.dtype)), f"{name}: a replica's weights are not the owner's"
+    return whole, ranks[0][2]
+
+
+def error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# ---------------------------------------------------------------- against one process
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("engine", ["whole", "deepspeed"])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    # BF16: a weight that falls on the other side of a rounding border changes the next gradient.
+    [(torch.float32, 1e-6), (torch.bfloat16, 2e-5)],
+)
+def test_equals_one_process(layout, engine, dtype, tolerance):
+    masters, moments, norms = reference(dtype, 4)
+    state, record = run(layout, engine, dtype)
+    for name in TOYS:
+        assert error(state[f"{name}.master"], masters[name].flatten()) < tolerance, name
+        for key, moment in zip(("exp_avg", "exp_avg_sq"), moments[name]):
+            assert error(state[f"{name}.{key}"], moment.flatten()) < 5 * tolerance, (name, key)
+    for (norm, coefficient), expected in zip(record, norms):
+        assert norm == pytest.approx(expected, rel=tolerance)
+        assert coefficient == pytest.approx(min(1, HYPER.clip / expected), rel=tolerance)
+
+
+def test_fp64_equals_one_process():
+    masters, _, norms = reference(torch.float64, 4)
+    state, record = run((2, 1, 2), "whole", torch.float64)
+    assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 1e-14
+    assert [norm for norm, _ in record] == pytest.approx(norms, rel=1e-14)
+
+
+def test_small_norms_are_not_clipped():
+    hyper = replace(HYPER, clip=1e6)
+    masters, _, _ = reference(torch.float32, 2, hyper)
+    state, record = run((1, 2, 2), "whole", torch.float32, steps=2, hyper=hyper)
+    assert [coefficient for _, coefficient in record] == [1.0, 1.0]
+    assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 1e-6
+
+
+# ---------------------------------------------------------------- the norm
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("engine", ["whole", "deepspeed"])
+def test_norm_counts_every_element_once(layout, engine):
+    """Each element's reduced gradient is a known constant of its parameter, so the norm has a closed form."""
+
+    def body():
+        mesh = Mesh(layout)
+        specs = mesh.specs(torch.float32)
+        optimizer = make_optimizer(engine, specs, HYPER)
+        for s in specs:
+            s.param.main_grad.fill_(TOYS[s.name].size / dist.get_world_size(s.group))
+        optimizer.reduce()
+        return optimizer.norm(3.0).item()
+
+    expected = 3.0 * math.sqrt(sum(math.prod(t.shape) * t.size**2 for t in TOYS.values()))
+    for norm in fork_ranks(math.prod(layout), body, timeout_s=60):
+        assert norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_norm_of_long_vectors():
+    """Plain FP32 accumulation is 1e-4 off here; rows, a tail, and tensors shorter than a row."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator) for n in (8_000_001, 100, 16384, 1)]
+    expected = sum(t.double().square().sum().item() for t in tensors)
+    assert squared_norm(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=2e-7)
+
+
+# ---------------------------------------------------------------- equal to each other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 2)])
+def test_engines_are_equal(layout, dtype):
+    """A sum of two ranks has no order, and a clip of 1e9 keeps the norm's last bit out.
+
+    So what differs between reduction kinds is nothing, and between engines, which cut elsewhere, the last bit: torch's AdamW rounds
+    otherwise in the last few elements of a tensor, which it does not vectorise.
+    """
+    hyper = replace(HYPER, clip=1e9)
+    whole, deepspeed, one_call = (
+        run(layout, engine, dtype, steps=3, hyper=hyper)[0]
+        for engine in ("whole", "deepspeed", lambda specs: WholeOptimizer(specs, hyper, in_one_call=True))
+    )
+    assert all(torch.equal(whole[k], one_call[k]) for k in whole)
+    assert max(error(deepspeed[k], whole[k]) for k in whole) < 1e-7
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 4), (2, 2, 1)])
+def test_one_call_equals_one_process(layout):
+    """The reduce-scatter and all-gather that GPUs use."""
+    masters, _, norms = reference(torch.bfloat16, 4)
+    state, record = run(layout, lambda specs: WholeOptimizer(specs, HYPER, in_one_call=True), torch.bfloat16)
+    assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 2e-5
+    assert [norm for norm, _ in record] == pytest.approx(norms, rel=2e-5)
+
+
+@pytest.mark.parametrize("engine", ["whole", "deepspeed"])
+def test_reduction_by_stage_in_any_order(engine):
+    at_once = run((1, 2, 1), engine, torch.float32, steps=2)
+    by_stage = run((1, 2, 1), engine, torch.float32, steps=2, by_stage=True)
+    assert at_once[1] == by_stage[1] and all(torch.equal(v, by_stage[0][k]) for k, v in at_once[0].items())
+
+
+def test_units_stay_whole_and_change_nothing():
+    def unit(name):
+        shape = TOYS[name].shape
+        return math.prod(shape[-2:]) if len(shape) > 1 else 1
+
+    layout = (1, 2, 2)
+    ranks = fork_ranks(4, lambda: train(layout, lambda specs: make_optimizer("whole", specs, HYPER), torch.float32, 1, unit=unit))
+    for pieces, _, _ in ranks:
+        for key, (_, offset, data) in pieces.items():
+            size = unit(key.rsplit(".", 1)[0])
+            assert offset % size == len(data) % size == 0, f"{key} was parted at {offset} or {offset + len(data)}"
+    masters, _, _ = reference(torch.float32, 4)
+    state, _ = run(layout, "whole", torch.float32, unit=unit)
+    assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 1e-6
+
+
+# ---------------------------------------------------------------- cuts
+
+
+@given(total=st.integers(1, 10**12), ranks=st.integers(1, 2048))
+def test_even_cuts(total, ranks):
+    cuts = even_cuts(total, ranks)
+    shares = {b - a for a, b in itertools.pairwise(cuts)}
+    assert len(cuts) == ranks + 1 and cuts[0] == 0 and len(shares) == 1 and shares.pop() % ALIGNMENT == 0
+    assert total <= cuts[-1] < total + ranks * ALIGNMENT
+
+
+@given(
+    stages=st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=6), min_size=1, max_size=4),
+    ranks=st.integers(1, 9),
+)
+def test_unit_cuts(stages, ranks):
+    """Stages of runs of (count, unit)."""
+    load, largest, total = [0] * ranks, 0, 0
+    for runs in stages:
+        cuts = unit_cuts([(count * unit, unit) for count, unit in runs], load)
+        borders = {0}
+        for count, unit in runs:
+            borders |= {max(borders) + unit * (i + 1) for i in range(count)}
+        assert cuts == sorted(cuts) and len(cuts) == ranks + 1 and cuts[0] == 0 and cuts[-1] == max(borders)
+        assert set(cuts) <= borders, "a cut inside a unit"
+        largest, total = max(largest, *(unit for _, unit in runs)), total + max(borders)
+        assert sum(load) == total
+    if len(stages) == 1:
+        assert max(load) <= total / ranks + largest
+
+
+# ---------------------------------------------------------------- misuse
+
+
+def one_rank(body, *args):
+    """body on one rank; the message of what it raises."""
+    with pytest.raises(RankFailed) as failed:
+        fork_ranks(1, body, *args, timeout_s=60)
+    return str(failed.value)
+
+
+def small(**changes):
+    return Spec(**{"name": "w", "param": nn.Parameter(torch.ones(4, 2)), "group": dist.group.WORLD, "numel": 8, **changes})
+
+
+@pytest.mark.parametrize("engine", ["whole", "deepspeed"])
+@pytest.mark.parametrize(
+    "calls, message",
+    [
+        (lambda o: (o.reduce(), o.reduce(0)), "reduce(0) in step 0: of stages [0], [] remain"),
+        (lambda o: o.reduce(3), "reduce(3) in step 0: of stages [0], [0] remain"),
+        (lambda o: o.norm(1.0), "stages [0] were not reduced"),
+        (lambda o: (o.reduce(), o.norm(1.0), o.norm(1.0)), "called twice"),
+        (lambda o: (o.reduce(), o.step(torch.ones(()), 0.1)), "step() before norm()"),
+    ],
+)
+def test_wrong_order_is_refused(engine, calls, message):
+    assert message in one_rank(lambda: calls(make_optimizer(engine, [small()], HYPER)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"param": nn.Parameter(torch.ones(4, 2).half())}, "w: weights of torch.float16"),
+        ({"param": nn.Parameter(torch.ones(2, 4).t())}, "w: weights must be contiguous"),
+        ({"offset": 4}, "w: a slab of 8 at 4 does not fit into 8"),
+        ({"unit": 3}, "w: slab of 8 at 0 is not made of units of 3"),
+    ],
+)
+def test_impossible_specs_are_refused(changes, message):
+    assert message in one_rank(lambda: make_optimizer("whole", [small(**changes)], HYPER))
+
+
+def test_more_impossible_specs():
+    double = small(name="v", param=nn.Parameter(torch.ones(4, 2).double()))
+    assert "named twice: w" in one_rank(lambda: make_optimizer("whole", [small(), small()], HYPER))
+    assert "FP64 weights on their own" in one_rank(lambda: make_optimizer("whole", [small(), double], HYPER))
+    assert "cannot hold v (torch.float64, unit 1): use optim.engine=whole" in one_rank(lambda: make_optimizer("deepspeed", [double], HYPER))
+    assert "must be one of whole, deepspeed" in one_rank(lambda: make_optimizer("sgd", [small()], HYPER))
+
+
+@pytest.mark.parametrize("engine", ["whole", "deepspeed"])
+def test_autograd_leaves_main_gradients_alone(engine):
+    """Gradients that autograd puts into param.grad are the model's business, not the engine's."""
+
+    def body():
+        spec = small()
+        optimizer = make_optimizer(engine, [spec], HYPER)
+        spec.param.sum().backward()
+        assert spec.param.grad.sum() == 8 and spec.param.main_grad.count_nonzero() == 0
+        spec.param.main_grad += spec.param.grad
+        spec.param.grad = None
+        optimizer.reduce()
+        return optimizer.norm(1.0).item()
+
+    assert fork_ranks(1, body, timeout_s=60) == [pytest.approx(math.sqrt(8))]
+
+
+def test_deepspeed_is_imported_only_when_chosen():
+    code = "import sys, shoestring.parallel.optimizer; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
