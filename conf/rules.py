@@ -2,7 +2,7 @@
 
 A broken rule is a field and a sentence. What its nearest valid value is, one search answers for all of them: of the values that the
 field could have in this configuration, the nearest with which the *whole* configuration is valid, else the nearest that at least
-repairs this field. Rules that belong to an owner elsewhere are called by `launch/validate.py`.
+repairs this field. Rules of data, schedules and dispatchers stand with their owners; `launch/validate.py` calls them.
 """
 
 import copy
@@ -47,8 +47,6 @@ _CHOICES = {
     "launch.device": ("auto", "cpu", "cuda"),
     "launch.wandb": ("disabled", "offline", "online"),
 }
-SOURCE_KINDS = ("stdlib", "files", "hf", "synthetic")
-BYTE_IDS = 257  # 256 bytes and an end-of-document id: the smallest vocabulary that can write every text
 _TRIALS = 200  # of candidates, when the nearest valid value is searched
 
 
@@ -96,8 +94,8 @@ def _candidates(c: Config, field: str) -> Iterable:
     """Values that a field might have, as far as its own kind and its neighbours say; the search tries which of them are valid."""
     m, p, t = c.model, c.parallel, c.train
     value = get(c, field)
-    if field in _CHOICES or field.endswith(".kind"):
-        return _CHOICES.get(field, SOURCE_KINDS)
+    if field in _CHOICES:
+        return _CHOICES[field]
     if field in ("parallel.ep", "model.num_groups"):
         return divisors(m.num_experts) if 0 < m.num_experts < 2**20 else [1]
     if field in ("parallel.pp", "parallel.chunks", "model.num_dense_layers"):
@@ -116,7 +114,6 @@ def _candidates(c: Config, field: str) -> Iterable:
     if field in _BELOW_ONE:
         return [0.0, 0.5, 0.9, 0.95, 0.999]
     limits = {
-        "data.tokenizer.vocab_size": [0, m.vocab_size, BYTE_IDS], "model.vocab_size": [BYTE_IDS, c.data.tokenizer.vocab_size],
         "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
         "train.steps": [1, c.optim.warmup_steps + c.optim.constant_steps],
     }  # fmt: skip
@@ -139,7 +136,6 @@ def _broken(c: Config) -> Iterator[Broken]:
     if not ranges:
         yield from _model(c)
         yield from _layout(c)
-        yield from _data(c)
         yield from _batch(c)
         yield from _optim(c)
 
@@ -157,11 +153,6 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name, source in c.data.sources.items():
         if not 0 < source.weight < math.inf:
             yield f"data.sources.{name}.weight", "must be positive and finite"
-        for limit in ("max_documents", "num_documents"):
-            if getattr(source, limit) < 0:
-                yield f"data.sources.{name}.{limit}", "must not be negative"
-        if source.kind not in SOURCE_KINDS:
-            yield f"data.sources.{name}.kind", f"must be one of {', '.join(SOURCE_KINDS)}"
     for name, peak in c.cluster.peak_tflops.items():
         if not 0 < peak < math.inf:
             yield f"cluster.peak_tflops.{name}", "must be positive and finite"
@@ -209,28 +200,6 @@ def _layout(c: Config) -> Iterator[Broken]:
     if c.precision.name not in c.cluster.peak_tflops:
         yield "cluster.peak_tflops", (f"has no peak for precision {c.precision.name}, so the share of it that is used cannot be told: "
                                       f"add cluster.peak_tflops.{c.precision.name}=TFLOPS")  # fmt: skip
-
-
-def _data(c: Config) -> Iterator[Broken]:
-    tokenizer, vocab = c.data.tokenizer, c.model.vocab_size
-    if not c.data.sources:
-        yield "data.sources", "needs at least one source: data=stdlib, or data.sources.NAME.kind=files"
-    for name, source in c.data.sources.items():
-        at = f"data.sources.{name}"
-        if source.kind == "files" and not source.paths:
-            yield f"{at}.paths", f"a source of kind files needs its files: {at}.paths=[corpus/*.jsonl]"
-        if source.kind == "hf" and not source.dataset:
-            yield f"{at}.dataset", f"a source of kind hf needs a name on the Hub or a folder: {at}.dataset=NAME"
-        if source.kind == "synthetic" and not source.num_documents:
-            yield f"{at}.num_documents", "a source of kind synthetic needs to know how many documents to make"
-    if tokenizer.kind == "file" and not tokenizer.path:
-        yield "data.tokenizer.path", "a tokenizer of kind file needs the path of its tokenizer.json"
-    if tokenizer.kind != "file" and vocab < BYTE_IDS:
-        yield "model.vocab_size", f"a tokenizer of kind {tokenizer.kind} has at least {BYTE_IDS} ids: 256 bytes and the end of a document"
-    elif tokenizer.vocab_size > vocab:
-        yield "data.tokenizer.vocab_size", f"must not exceed model.vocab_size = {vocab} (0 takes the model's)"
-    elif tokenizer.kind == "bpe" and 0 < tokenizer.vocab_size < BYTE_IDS:
-        yield "data.tokenizer.vocab_size", f"must be at least {BYTE_IDS}: 256 bytes and the end of a document (0 takes the model's)"
 
 
 def _batch(c: Config) -> Iterator[Broken]:

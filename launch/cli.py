@@ -108,7 +108,12 @@ def _train(args: argparse.Namespace) -> int | None:
         print(to_yaml(config), end="")
         return None
     environment.prepare(config.launch.threads)
-    return _call("shoestring.launch.launcher:train", config)
+    return _call("shoestring.launch.launcher:train", config, ["shoestring", "train", *_words(args)])
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """The words of a command that made its configuration."""
+    return [*args.overrides, *(["--config-dir", args.config_dir] if args.config_dir else [])]
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +123,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    _call("shoestring.train.hf:export", args.source, args.out)
+    print(_call("shoestring.train.hf:export", args.source, args.out))
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +133,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    _call("shoestring.train.hf:import_", args.hf_dir, args.out)
+    print(_call("shoestring.train.hf:import_", args.hf_dir, args.out))
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +147,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 def _data(args: argparse.Namespace) -> None:
     config = load(args.overrides, args.config_dir)
     environment.prepare(threads=1)
-    _call("shoestring.train.data:build", config, shard=args.shard, num_shards=args.num_shards)
+    _call("shoestring.train.data:build", config.data, vocab_size=config.model.vocab_size, shard=args.shard, num_shards=args.num_shards)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +155,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    print(_call("shoestring.launch.report:write", args.run_dir))
+    print(_call("shoestring.launch.report:write_report", args.run_dir))
 
 
 COMMANDS = {

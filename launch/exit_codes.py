@@ -3,7 +3,7 @@
 import errno
 import re
 
-OK, FAILED, CONFIG, DATA, STORAGE, LOST, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 75, 130
+OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 75, 130
 
 MEANING = {
     OK: "done",
@@ -12,13 +12,15 @@ MEANING = {
     DATA: "the data cannot be read, or too much of it is bad",
     STORAGE: "a checkpoint or a file cannot be written, read or verified",
     LOST: "a rank died, was killed or did not answer in time",
+    DIVERGED: "the loss or a gradient is no longer a number; the last checkpoint is from before",
     PREEMPTED: "stopped by SIGTERM or SIGINT and saved; the same command goes on from there",
     INTERRUPTED: "stopped at once by a second signal; the last checkpoint is intact",
 }
 
 # By name, and not by class: whoever only wants an exit code need not import torch for it.
 _BY_NAME = {
-    "ConfigError": CONFIG, "DataError": DATA, "CheckpointError": STORAGE, "SafetensorError": STORAGE, "RankFailed": LOST,
+    "ConfigError": CONFIG, "DataError": DATA, "CheckpointError": STORAGE, "HFError": STORAGE, "SafetensorError": STORAGE,
+    "FloatingPointError": DIVERGED, "RankFailed": LOST,
     "DistBackendError": LOST, "DistNetworkError": LOST, "DistStoreError": LOST, "KeyboardInterrupt": INTERRUPTED,
 }  # fmt: skip
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

@@ -14,8 +14,9 @@ import pkgutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -29,8 +30,11 @@ from .validate import validate
 _WORKER = "shoestring.launch.worker"
 
 
-def train(config: Config) -> int:
-    """Train, however this process was started; the exit code. Raises ConfigError before any process starts."""
+def train(config: Config, command: Sequence[str]) -> int:
+    """Train, however this process was started; the exit code. Raises ConfigError before any process starts.
+
+    `command`: the words that asked for it, to be shown again.
+    """
     place = environment.Place.from_environment()
     try:
         validate(config, place.world_size if place else None)
@@ -41,12 +45,12 @@ def train(config: Config) -> int:
         raise
     environment.tell_deepspeed(kind)
     if place or config.parallel.world_size == 1:
-        return pkgutil.resolve_name(f"{_WORKER}:run")(config, place or environment.Place())
-    return start(config, kind, pkgutil.resolve_name(f"{_WORKER}:run_launched"))
+        return pkgutil.resolve_name(f"{_WORKER}:run")(config, place or environment.Place(), command)
+    return start(config, kind, pkgutil.resolve_name(f"{_WORKER}:run_launched"), command)
 
 
-def start(config: Config, device_type: str, target: Callable[[Config, Path], int]) -> int:
-    """Run `target(config, failures)` in `config.parallel.world_size` ranks on this machine; the exit code of the whole.
+def start(config: Config, device_type: str, target: Callable[..., int], *args: Any) -> int:
+    """Run `target(config, failures, *args)` in `config.parallel.world_size` ranks on this machine; the exit code of the whole.
 
     `target` returns an exit code, or leaves with one after writing `failures / "failure-RANK.json"` (see `worker.run`).
     """
@@ -71,7 +75,7 @@ def start(config: Config, device_type: str, target: Callable[[Config, Path], int
     )
     with _forwarding() as state:
         try:
-            codes = elastic_launch(settings, target)(config, logs)
+            codes = elastic_launch(settings, target)(config, logs, *args)
         except ChildFailedError as error:
             if state.killed:
                 return exit_codes.INTERRUPTED

@@ -3,6 +3,7 @@
 from ..conf.errors import ConfigError, closest
 from ..conf.schema import Config
 from ..parallel import dispatch, schedule
+from ..train import data
 
 
 def validate(config: Config, world_size: int | None = None) -> None:
@@ -14,6 +15,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         _check_world(config, world_size)
     schedule.check(config)
     dispatch.check(config)
+    data.check(config.data, vocab_size=config.model.vocab_size)
 
 
 def _check_world(config: Config, world_size: int) -> None:

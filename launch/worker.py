@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..conf.schema import Config
 from ..train import trainer
-from . import device, environment, exit_codes
+from . import device, exit_codes
 from .environment import Place
 from .finish import conclude
 
@@ -58,7 +58,7 @@ def run(config: Config, place: Place, command: Sequence[str], *, failures: Path 
         outcome = train(config, chosen, stop=stop, log=_say)
         dist.destroy_process_group()
         if place.rank == 0:
-            _say(closing.close(config, outcome, command))
+            _say(conclude(config, outcome, command))
     except BaseException as error:
         return _report(error, place, failures)
     return exit_codes.PREEMPTED if outcome.stopped else exit_codes.OK

@@ -24,7 +24,6 @@ RULES = [
     ("precision.compute=fp61", "precision.compute", "one of fp32, bf16, fp64", "fp64"),
     ("optim.engine=hole", "optim.engine", "one of whole, deepspeed", "whole"),
     ("launch.device=gpu", "launch.device", "one of auto, cpu, cuda", "cpu"),
-    ("data.sources.stdlib.kind=file", "data.sources.stdlib.kind", "one of stdlib, files", "files"),
     ("data.sources.stdlib.weight=0", "data.sources.stdlib.weight", "positive", 1.0),
     ("cluster.peak_tflops.fp32=0", "cluster.peak_tflops.fp32", "positive", 1.0),
     ("name=", "name", "not be empty", None),
@@ -45,15 +44,6 @@ RULES = [
     ("parallel.pp=2 parallel.chunks=3", "parallel.chunks", "6 stages", 2),
     ("parallel.pp=9 parallel.chunks=2", "parallel.pp", "18 stages", 2),
     ("precision=fp64 ~cluster.peak_tflops.fp64", "cluster.peak_tflops", "no peak for precision fp64", None),
-    # data
-    ("~data.sources.stdlib", "data.sources", "at least one source", None),
-    ("data=files data.sources.files.paths=[] data.seq_len=256", "data.sources.files.paths", "needs its files", None),
-    ("data=hf data.sources.hf.dataset='' data.seq_len=256", "data.sources.hf.dataset", "a name on the Hub", None),
-    ("data=synthetic data.sources.synthetic.num_documents=0", "data.sources.synthetic.num_documents", "how many", 1),
-    ("data.tokenizer.kind=file", "data.tokenizer.path", "tokenizer.json", None),
-    ("model.vocab_size=100", "model.vocab_size", "at least 257", 257),
-    ("data.tokenizer.vocab_size=5000", "data.tokenizer.vocab_size", "not exceed model.vocab_size = 2048", 2048),
-    ("data.tokenizer.vocab_size=100", "data.tokenizer.vocab_size", "at least 257", 0),
     # batch
     ("data.seq_len=1000", "data.seq_len", "not exceed model.max_seq_len = 512", 512),
     ("train.global_batch_tokens=1000", "train.global_batch_tokens", "256 x 1 x 1 = 256", 1024),
@@ -90,7 +80,7 @@ FIELDS = {
     "parallel.pp": SMALL, "parallel.edp": SMALL, "parallel.ep": SMALL, "parallel.chunks": SMALL, "data.seq_len": st.integers(1, 600),
     "train.global_batch_tokens": st.integers(0, 9000), "train.micro_batch_sequences": SMALL, "train.eval_sequences": st.integers(0, 99),
     "train.steps": SMALL, "optim.warmup_steps": SMALL, "optim.constant_steps": SMALL, "optim.lr": st.floats(),
-    "optim.final_lr": st.floats(), "optim.beta2": st.floats(), "data.tokenizer.vocab_size": st.integers(-1, 3000),
+    "optim.final_lr": st.floats(), "optim.beta2": st.floats(),
     "precision.compute": st.sampled_from(["fp32", "bf16", "fp8"]),
 }  # fmt: skip
 # One of them alone can always be mended, whatever the other fields say; the others may depend on a neighbour that is wrong too.
