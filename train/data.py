@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..conf.schema import ConfigError, DataConfig
 from . import sources
-from .documents import DataError, Document, Piece, Source
+from .documents import DataError, Document, Piece, Source, read_hopefully
 from .shuffle import FeistelPermutation, Mixture
 from .token_cache import FORMAT, PieceRecord, SourceCache, TokenStream, held_out, locked
 from .tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, canonical_hash, load_tokenizer, train_bpe, write_atomically
@@ -225,7 +225,7 @@ def _sample_texts(divided, budget: int, eval_fraction: float) -> Iterator[str]:
         chosen = pieces[:: -(-len(pieces) // _BPE_SAMPLE_PIECES)] if pieces else []
         for piece in chosen:
             room = budget // len(divided) // len(chosen)
-            for document in source.read(piece):
+            for document in read_hopefully(source, piece):
                 if room <= 0:
                     break
                 if isinstance(document, Document) and not held_out(document.text, eval_fraction):
@@ -255,7 +255,9 @@ def _check_quarantine(cache: SourceCache, config: DataConfig) -> None:
         return
     listed = [cache.path(p, "bad.jsonl") for p, r in enumerate(records) if r and r.bad]
     quarantine = cache.folder / "quarantine.jsonl"
-    write_atomically(quarantine, "".join(path.read_text(encoding="utf-8") for path in listed))
+    text = "".join(path.read_text(encoding="utf-8") for path in listed)
+    if not quarantine.exists() or quarantine.read_text(encoding="utf-8") != text:  # a finished cache is only read: it may be read-only
+        write_atomically(quarantine, text)
     if bad > config.max_bad_fraction * (bad + documents):
         first = json.loads(listed[0].read_text(encoding="utf-8").splitlines()[0])
         raise DataError(f"data source {cache.source.name}: {bad} of {bad + documents} documents are unusable, more than "

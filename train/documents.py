@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 MAX_PIECES = 1024  # of one source, about: larger corpora get larger pieces
+_HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
 
 
 class DataError(RuntimeError):
@@ -106,6 +107,20 @@ def explained(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(f"cannot read {where}: {first_line(error)}; repair the file or leave it out") from error
+
+
+def read_hopefully(source: Source, piece: Piece) -> Iterator[Document | Bad]:
+    """The documents of a piece. Raises DataError where it begins with a thousand bad ones: a wrong column, most likely."""
+    bad = 0
+    for document in source.read(piece):
+        if isinstance(document, Document):
+            bad = -1
+        elif bad >= 0:
+            bad += 1
+            if bad == _HOPELESS:
+                raise DataError(f"data source {source.name}: {bad} documents in a row are unusable, and none was good before; the last: "
+                                f"{document.where}: {document.why}; correct data.sources.{source.name}")  # fmt: skip
+        yield document
 
 
 def ranges(total: int, size: int, revision: str = "") -> list[Piece]:

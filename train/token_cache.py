@@ -7,6 +7,7 @@ Every file appears by `os.replace`, and equal inputs give equal bytes, so the lo
 
 import collections
 import contextlib
+import enum
 import fcntl
 import hashlib
 import json
@@ -19,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .documents import Bad, DataError, Document, Piece, Source
+from .documents import Bad, Document, Piece, Source, read_hopefully
 from .tokenizer import Tokenizer, canonical_hash, write_atomically
 
 FORMAT = 1  # part of every key: raise it when the bytes change
 MAX_DOCUMENT_LENGTH = 64_000_000  # characters
 _BATCH_BYTES = 250_000
-_HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +78,19 @@ class SourceCache:
             for wait in (False, True):  # first the pieces that nobody is at, then those whose owner may have died
                 for p in todo:
                     if self.record(p) is None:
-                        with locked(self.path(p, "lock"), wait=wait, log=log) as mine:
-                            if mine and self.record(p) is None:
+                        with locked(self.path(p, "lock"), wait=wait, log=log) as claim:
+                            if claim is not Claim.TAKEN and self.record(p) is None:
+                                if claim is Claim.MINE:
+                                    self._remove_leftovers(p)
                                 self._build_piece(p, pool, workers, log)
+
+    def _remove_leftovers(self, p: int) -> None:
+        """Temporary files of a builder that died here."""
+        for leftover in self.folder.glob(f"{p:05d}.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
     def _build_piece(self, p: int, pool: Executor, workers: int, log: Callable[[str], None]) -> None:
         start, tag = time.monotonic(), f"{os.uname().nodename}-{os.getpid()}.tmp"
-        for leftover in self.folder.glob(f"{p:05d}.*.tmp"):  # of a builder that died here
-            leftover.unlink(missing_ok=True)
         names = ("train.bin", "eval.bin", "bad.jsonl")
         temporary = [self.path(p, f"{name}.{tag}") for name in names]
         with contextlib.ExitStack() as stack:
@@ -101,16 +106,13 @@ class SourceCache:
         """Tokenise a piece into three open files."""
         documents = bad = 0
         lengths, hashes = [0, 0], [hashlib.sha256(), hashlib.sha256()]
-        for batch in _ahead(pool, self._encode, _batches(self.source.read(self.pieces[p])), 2 * workers):
+        for batch in _ahead(pool, self._encode, _batches(read_hopefully(self.source, self.pieces[p])), 2 * workers):
             for i, data in enumerate((batch.train, batch.eval)):
                 outputs[i].write(data)
                 hashes[i].update(data)
                 lengths[i] += len(data) // self.dtype.itemsize
             outputs[2].writelines(json.dumps(asdict(b)).encode() + b"\n" for b in batch.bad)
             documents, bad = documents + batch.documents, bad + len(batch.bad)
-            if documents == 0 and bad >= _HOPELESS:
-                raise DataError(f"data source {self.source.name}: the first {bad} documents of piece {p + 1} are all unusable; the last: "
-                                f"{batch.bad[-1].where}: {batch.bad[-1].why}; correct data.sources.{self.source.name}")  # fmt: skip
         return PieceRecord(documents=documents, bad=bad, train_tokens=lengths[0], eval_tokens=lengths[1],
                            sha256=hashlib.sha256(hashes[0].digest() + hashes[1].digest()).hexdigest())  # fmt: skip
 
@@ -159,31 +161,35 @@ class TokenStream:
         return self._files[int(np.searchsorted(self._ends, token, side="right"))]
 
 
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the lock file; yields False if another process has it and `wait` is off.
+class Claim(enum.Enum):
+    """What asking for a lock gave."""
 
-    The kernel drops the lock with its owner, so a dead builder holds up nobody. Where the file system has no locks, all may go on.
-    """
+    MINE = enum.auto()
+    TAKEN = enum.auto()  # another process has it
+    NO_LOCKS = enum.auto()  # the file system has none: go on, others may do the same work
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool, log: Callable[[str], None]) -> Iterator[Claim]:
+    """Hold the lock file; with `wait`, never TAKEN. The kernel drops a lock with its owner, so a dead builder holds up nobody."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        mine = _try_lock(file)
-        if not mine and wait:
+        claim = _try_lock(file)
+        if claim is Claim.TAKEN and wait:
             log(f"waiting for another process that builds {path.with_suffix('')}")
-            while not mine:
+            while (claim := _try_lock(file)) is Claim.TAKEN:
                 time.sleep(0.1)
-                mine = _try_lock(file)
-        yield mine
+        yield claim
 
 
-def _try_lock(file) -> bool:
+def _try_lock(file) -> Claim:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return Claim.TAKEN
     except OSError:
-        return True  # no locks on this file system
-    return True
+        return Claim.NO_LOCKS
+    return Claim.MINE
 
 
 def _batches(documents: Iterable[Document | Bad]) -> Iterator[list[Document | Bad]]:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from shoestring.conf.schema import DataConfig, SourceConfig, TokenizerConfig
 from shoestring.train.data import Corpus, Position, open_corpus
 from shoestring.train.token_cache import held_out
@@ -155,8 +154,8 @@ def test_order_of_sources_in_the_configuration_is_irrelevant(tmp_path):
 
 
 def test_fingerprint_tells_streams_apart(tmp_path):
-    def fingerprint(seed=0, sources=None, **overrides):
-        return open_quietly(data_config(tmp_path / "cache", sources, **overrides), seed=seed).fingerprint
+    def fingerprint(seed=0, sources=None, folder=tmp_path / "cache", **overrides):
+        return open_quietly(data_config(folder, sources, **overrides), seed=seed).fingerprint
 
     made = lambda weight: {"a": SourceConfig(kind="synthetic", num_documents=60, weight=weight),
                            "b": SourceConfig(kind="synthetic", num_documents=61)}  # fmt: skip
@@ -165,7 +164,7 @@ def test_fingerprint_tells_streams_apart(tmp_path):
         fingerprint(sources=made(2.0)), fingerprint(tokenizer=TokenizerConfig(kind="bpe", vocab_size=300)),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
-    assert fingerprint() == fingerprint(cache_dir=str(tmp_path / "elsewhere"), workers=1)  # neither place nor speed is part of it
+    assert fingerprint() == fingerprint(folder=tmp_path / "elsewhere", workers=1)  # neither place nor speed is part of it
 
 
 def test_content_decides_not_where_it_lies(tmp_path, documents):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from shoestring.train.shuffle import MAX_SAMPLES, FeistelPermutation, Mixture
 
 V3_SAMPLES = 14_800_000_000_000 // 4096  # 3.6 billion: past int32

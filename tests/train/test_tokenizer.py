@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from shoestring.conf.schema import ConfigError
 from shoestring.train.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
