@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class WeightGradStore:
-    """Closures of one backward pass, in the order they came. Whoever ran that pass takes them and decides when they run."""
+    """Closures of one backward pass, in the order they came. Whoever ran that pass takes them and decides when they run.
+
+    They run outside grad mode: `main_grad` is written in place.
+    """
 
     def __init__(self):
         self._waiting: list[Callable[[], None]] = []
