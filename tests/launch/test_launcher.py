@@ -1,0 +1,159 @@
+"""Ranks that our launcher starts: the console, the exit code, and whose error is told when several ranks fail."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from shoestring.conf.compose import load
+from shoestring.launch import exit_codes, launcher
+from shoestring.launch.environment import Place
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load(["experiment=tiny", f"run_dir={tmp_path}"])
+
+
+def _fail(failures: Path, code: int, message: str, after: float = 0.0, traceback: str = "") -> None:
+    time.sleep(after)
+    record = {"time": time.time(), "rank": Place.from_environment().rank, "code": code, "message": message, "traceback": traceback}
+    (failures / f"failure-{record['rank']}.json").write_text(json.dumps(record))
+    os._exit(code)
+
+
+def _add_up(config, failures, word):
+    place = Place.from_environment()
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    print(f"rank {place.rank} of {place.world_size}: {word} {total.item():g}", flush=True)
+    return exit_codes.PREEMPTED
+
+
+def test_ranks_meet_and_only_rank_0_has_the_console(config, capfd):
+    assert launcher.start(config, "cpu", _add_up, "sum") == exit_codes.PREEMPTED
+    out, err = capfd.readouterr()
+    assert out == "rank 0 of 4: sum 4\n" and err == ""
+    written = sorted(path.read_text() for path in Path(config.run_dir).glob("logs/*/*/*/*/stdout.log"))
+    assert written == [f"rank {r} of 4: sum 4\n" for r in (1, 2, 3)]
+
+
+def _one_has_bad_data(config, failures):
+    rank = Place.from_environment().rank
+    if rank == 2:
+        _fail(failures, exit_codes.DATA, "rank 2: no text in corpus/")
+    _fail(failures, exit_codes.LOST, f"rank {rank}: Connection closed by peer", after=0.2)
+
+
+def test_the_cause_is_told_and_not_its_consequences(config, capfd):
+    assert launcher.start(config, "cpu", _one_has_bad_data) == exit_codes.DATA
+    err = capfd.readouterr().err.splitlines()
+    assert err[0] == "error: rank 2: no text in corpus/"
+    assert err[1].startswith("what the other ranks wrote: ") and len(err) == 2
+
+
+def _the_last_is_the_cause(config, failures):
+    rank = Place.from_environment().rank
+    if rank == 3:
+        _fail(failures, exit_codes.FAILED, "rank 3: KeyError: 7", after=0.3, traceback="Traceback ...\n")
+    _fail(failures, exit_codes.LOST, f"rank {rank}: timed out")
+
+
+def test_an_error_of_its_own_outranks_an_earlier_lost_connection(config, capfd):
+    signal_ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank's own handler does: it lives until it has said its error
+    try:
+        code = launcher.start(config, "cpu", _ignoring_sigterm, _the_last_is_the_cause)
+    finally:
+        signal.signal(signal.SIGTERM, signal_ignored)
+    assert code == exit_codes.FAILED
+    assert capfd.readouterr().err.startswith("Traceback ...\nerror: rank 3: KeyError: 7\n")
+
+
+def _ignoring_sigterm(config, failures, then):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    then(config, failures)
+
+
+def _one_is_killed(config, failures):
+    rank = Place.from_environment().rank
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    dist.init_process_group("gloo")
+    if rank == 2:
+        print("allocating", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        _fail(failures, exit_codes.of(error), exit_codes.sentence(error))
+
+
+def test_a_killed_rank_is_named_with_its_last_words(config, capfd):
+    assert launcher.start(config, "cpu", _one_is_killed) == exit_codes.LOST
+    err = capfd.readouterr().err
+    assert "  rank 2 | allocating\n" in err and "error: rank 2 " in err and "out of memory" in err
+    assert "Traceback" not in err and "rank 0" not in err
+
+
+def _until_told(config, failures, polite):
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1) if polite else None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (failures / f"up-{Place.from_environment().rank}").touch()
+    while not told:
+        time.sleep(0.02)
+    (failures / f"saved-{Place.from_environment().rank}").touch()
+    return exit_codes.PREEMPTED
+
+
+def _in_a_process_of_its_own(config, polite: bool) -> int:
+    """Launch in a forked child, as a shell would start it; its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = launcher.start(config, "cpu", _until_told, polite)
+        finally:
+            os._exit(code)
+    return child
+
+
+def _wait_for(config, name: str, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(Path(config.run_dir).glob(f"logs/*/{name}-*"))) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank_once_and_its_answer_is_the_exit_code(config, number):
+    child = _in_a_process_of_its_own(config, True)
+    try:
+        _wait_for(config, "up", 4)
+        os.kill(child, number)
+        _wait_for(config, "saved", 4)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == exit_codes.PREEMPTED
+
+
+def test_a_second_signal_ends_at_once(config):
+    child = _in_a_process_of_its_own(config, False)
+    try:
+        _wait_for(config, "up", 4)
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.3)  # one and the same signal, pending twice, is delivered once
+        os.kill(child, signal.SIGTERM)
+    finally:
+        status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == exit_codes.INTERRUPTED
+    assert not list(Path(config.run_dir).glob("logs/*/saved-*"))
