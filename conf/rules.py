@@ -102,8 +102,8 @@ def _candidates(c: Config, field: str) -> Iterable:
         return range(0, min(max(m.num_layers, 1), 4096) + 1)
     if field in ("model.num_limited_groups", "model.top_k"):
         return range(1, max(1, min(m.num_experts, 4096)) + 1)
-    if field in ("train.global_batch_tokens", "train.eval_sequences"):
-        unit = max(1, p.dp * t.micro_batch_sequences * (c.data.seq_len if field == "train.global_batch_tokens" else 1))
+    if field == "train.global_batch_tokens":
+        unit = max(1, p.dp * t.micro_batch_sequences * c.data.seq_len)
         return {max(1, n) * unit for n in (value // unit, value // unit + 1)}
     if field == "data.seq_len":
         per_rank = t.global_batch_tokens // max(1, p.dp * t.micro_batch_sequences)
@@ -209,9 +209,6 @@ def _batch(c: Config) -> Iterator[Broken]:
     if t.global_batch_tokens % (unit := s * dp * t.micro_batch_sequences):
         yield ("train.global_batch_tokens",
                f"must be a multiple of seq_len x dp x micro_batch_sequences = {s} x {dp} x {t.micro_batch_sequences} = {unit}")  # fmt: skip
-    if t.eval_sequences % (unit := dp * t.micro_batch_sequences):
-        yield ("train.eval_sequences",
-               f"must be a multiple of dp x micro_batch_sequences = {dp} x {t.micro_batch_sequences} = {unit}")  # fmt: skip
 
 
 def _optim(c: Config) -> Iterator[Broken]:
