@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> int | None:
         print(to_yaml(config), end="")
         return None
     environment.prepare(config.launch.threads)
-    return _call("shoestring.launch.launcher:train", config, ["shoestring", "train", *_words(args)])
+    return _call("shoestring.launch.launcher:train", config, environment.command(_words(args)))
 
 
 def _words(args: argparse.Namespace) -> list[str]:

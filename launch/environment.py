@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -22,12 +23,11 @@ class Place:
         return cls(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", rank)), world_size=int(os.environ["WORLD_SIZE"]))
 
 
-def command() -> list[str]:
-    """The words of the shell that started this process, as a person would type them again."""
-    program = os.path.basename(sys.argv[0])
-    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ and program == "__main__.py":
-        return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "shoestring.train", *sys.argv[1:]]
-    return [program if program != "__main__.py" else "shoestring", *sys.argv[1:]]
+def command(words: Sequence[str]) -> list[str]:
+    """What a person would type to train with these settings again, in the way that this process was started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "shoestring.train", *words]
+    return ["shoestring", "train", *words]
 
 
 def prepare(threads: int) -> None:

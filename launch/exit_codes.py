@@ -24,6 +24,7 @@ _BY_NAME = {
     "DistBackendError": LOST, "DistNetworkError": LOST, "DistStoreError": LOST, "KeyboardInterrupt": INTERRUPTED,
 }  # fmt: skip
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _PEER_GONE = re.compile(r"closed by peer|reset by peer|gloo|NCCL|[Tt]imed out waiting|Broken pipe")
 
 
@@ -32,7 +33,7 @@ def of(error: BaseException) -> int:
     for kind in type(error).__mro__:
         if kind.__name__ in _BY_NAME:
             return _BY_NAME[kind.__name__]
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and (error.filename or error.errno in _FULL_OR_BROKEN):
+    if isinstance(error, _FILE_ERRORS) or (isinstance(error, OSError) and error.errno in _FULL_OR_BROKEN):
         return STORAGE
     if isinstance(error, (RuntimeError, ConnectionError)) and _PEER_GONE.search(str(error)):
         return LOST
