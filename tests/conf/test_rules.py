@@ -48,7 +48,6 @@ RULES = [
     ("data.seq_len=1000", "data.seq_len", "not exceed model.max_seq_len = 512", 512),
     ("train.global_batch_tokens=1000", "train.global_batch_tokens", "256 x 1 x 1 = 256", 1024),
     ("train.global_batch_tokens=1", "train.global_batch_tokens", "= 256", 256),
-    ("parallel.ep=16 train.eval_sequences=20", "train.eval_sequences", "16 x 1 = 16", 16),
     # optimizer
     ("optim.final_lr=1", "optim.final_lr", "not exceed optim.lr", 0.002),
     ("optim.warmup_steps=1000", "optim.warmup_steps", "fit in train.steps = 100", 100),

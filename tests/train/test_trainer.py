@@ -1,0 +1,175 @@
+"""Stopped or killed at any step and started again, a run is bit for bit the run that was not; on another layout it agrees to 1e-6.
+
+Also: no sample is lost or repeated, a run directory is refused to another model or stream, and what a run leaves behind.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+
+from shoestring.conf.compose import load, load_saved
+from shoestring.conf.schema import ConfigError
+from shoestring.launch.local import RankFailed, fork_ranks
+from shoestring.train import trainer
+from shoestring.train.metrics import read_records
+
+STEPS = 6
+BASE = [
+    "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=3", "model.dense_hidden_dim=48",
+    "model.expert_hidden_dim=24", "train.global_batch_tokens=256", "train.micro_batch_sequences=2", f"train.steps={STEPS}",
+    "train.eval_interval=3", "train.eval_sequences=10", "optim.warmup_steps=2", "checkpoint.interval=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    return lambda name, *more: [*BASE, f"data.cache_dir={cache}", f"run_dir={tmp_path / name}", *more]
+
+
+class RecordingCorpus:
+    """A corpus that notes which training samples were read."""
+
+    def __init__(self, corpus, read):
+        self._corpus, self._read = corpus, read
+
+    def __getattr__(self, name):
+        return getattr(self._corpus, name)
+
+    def train(self, indices, phase=0):
+        self._read.append([int(i) for i in indices])
+        return self._corpus.train(indices, phase)
+
+
+def job(overrides, die_at=None):
+    """One session; (outcome, samples read in each step by this rank, its place). `die_at`: end without a word before that step."""
+    config, calls, read = load(overrides), [], []
+
+    def stop():
+        calls.append(None)
+        if die_at is not None and len(calls) == die_at:
+            os._exit(9)
+        return False
+
+    open_corpus = trainer.open_corpus
+    trainer.open_corpus = lambda *args, **kwargs: RecordingCorpus(open_corpus(*args, **kwargs), read)
+    outcome = trainer.run(config, torch.device("cpu"), stop=stop, log=lambda line: None)
+    return outcome, read
+
+
+def session(overrides, **kwargs):
+    world = load(overrides).parallel.world_size
+    return fork_ranks(world, job, overrides, *kwargs.values())
+
+
+def curve(overrides):
+    """What each step computed, exactly."""
+    records = read_records(os.path.join(load(overrides).run_dir, "metrics.jsonl"))
+    return [(r.step, r.tokens, r.loss, r.grad_norm, r.lr, r.eval_loss, r.balance_loss, r.bias_norm, r.expert_load) for r in records]
+
+
+LAYOUTS = [[], ["parallel.pp=2", "parallel.ep=2"]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["one process", "pp 2 x ep 2"])
+def test_stopped_after_any_step(words, layout):
+    session(words("whole", *layout))
+    expected = curve(words("whole"))
+    assert [row[0] for row in expected] == list(range(1, STEPS + 1)) and expected[-1][2] < expected[0][2]
+    for step in range(1, STEPS) if not layout else (1, 4):
+        run = words(f"stopped{step}", *layout)
+        first = session([*run, f"train.stop_after={step}"])[0][0]
+        assert first.step == step and not first.stopped
+        session(run)
+        assert curve(run) == expected
+
+
+@pytest.mark.parametrize("layout, deaths", [(LAYOUTS[0], (2, 4, 6)), (LAYOUTS[1], (4,))], ids=["one process", "pp 2 x ep 2"])
+def test_killed(words, layout, deaths):
+    """Without a word, after steps that no checkpoint holds: they are done again, and what was lost is kept apart."""
+    session(words("whole", *layout))
+    for death in deaths:
+        run = words(f"killed{death}", *layout)
+        with pytest.raises(RankFailed, match="exit code 9"):
+            session(run, die_at=death)
+        session(run)
+        assert curve(run) == curve(words("whole"))
+
+
+CHAIN = ["parallel.pp=2 parallel.ep=2", "parallel.edp=2", "parallel.ep=4", "parallel.pp=3 optim.engine=deepspeed", "parallel.pp=1"]
+
+
+def test_another_layout_each_session(words):
+    """Losses agree to 1e-6 with one process, and the stream of samples goes on without a gap or a repeat."""
+    session(words("whole"))
+    run, seen, losses = words("moved"), [], []
+    for layout in CHAIN:
+        ranks = session([*run, *layout.split(), "train.stop_after=1"])
+        pp = load([*run, *layout.split()]).parallel.pp
+        per_stage = len(ranks) // pp
+        for step in range(len(ranks[0][1])):
+            stages = [sorted(i for rank in ranks[s * per_stage : (s + 1) * per_stage] for i in rank[1][step]) for s in range(pp)]
+            assert all(stage == stages[0] for stage in stages), "stages read different samples"
+            seen += stages[0]
+    losses = [row[2] for row in curve(run)]
+    assert seen == list(range(16 * len(CHAIN)))
+    for got, row in zip(losses, curve(words("whole"))):
+        assert abs(got / row[2] - 1) < 1e-6
+
+
+def test_sigterm_is_agreed_on(words):
+    """One rank is asked to stop: all end the same step, with a checkpoint."""
+    run = words("asked", "parallel.edp=2")
+    ranks = fork_ranks(2, asked, run)
+    assert [(o.step, o.stopped) for o in ranks] == [(3, True)] * 2
+    session(run)
+    session(words("whole", "parallel.edp=2"))
+    assert curve(run) == curve(words("whole"))
+
+
+def asked(overrides):
+    rank, calls = torch.distributed.get_rank(), []
+
+    def stop():
+        calls.append(None)
+        return rank == 1 and len(calls) == 3
+
+    return trainer.run(load(overrides), torch.device("cpu"), stop=stop, log=lambda line: None)
+
+
+def test_what_a_run_leaves(words):
+    run = words("left")
+    outcome = session(run)[0][0]
+    config = load(run)
+    files = {p.name for p in os.scandir(config.run_dir)}
+    assert files >= {"config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints"}
+    assert load_saved(f"{config.run_dir}/config.yaml") == config
+    with open(f"{config.run_dir}/summary.json") as file:
+        summary = json.load(file)
+    records = read_records(f"{config.run_dir}/metrics.jsonl")
+    assert summary["steps"] == STEPS == outcome.step and summary["tokens"] == STEPS * 256 == records[-1].tokens
+    assert summary["loss_first"] == records[0].loss and summary["loss_last"] == records[-1].loss
+    assert summary["eval_loss"] == records[-1].eval_loss and summary["world_size"] == 1
+    assert all(sum(map(sum, r.expert_load)) == 256 * config.model.top_k * config.model.num_moe_layers for r in records)
+    assert session(run)[0][0].step == STEPS, "a finished run, started again, does nothing"
+    assert read_records(f"{config.run_dir}/metrics.jsonl") == records
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [("model.route_scale=1.0", "model.route_scale"), ("train.seed=1", "train.seed"), ("checkpoint.resume=never", "checkpoint.resume")],
+)
+def test_another_run_in_the_directory_is_refused(words, change, message):
+    run = words("taken", "train.stop_after=1")
+    session(run)
+    with pytest.raises(RankFailed, match=f"ConfigError: {message}"):
+        session([*run, change])
+    session(words("taken", "train.stop_after=1"))  # and nothing is lost
+
+
+def test_resume_path_that_is_not_there(words):
+    with pytest.raises(RankFailed, match="must be auto, never or an existing checkpoint folder"):
+        session(words("new", "checkpoint.resume=/no/such/folder"))
+    assert issubclass(ConfigError, ValueError)
