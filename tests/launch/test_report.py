@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from shoestring.conf.compose import load, to_yaml
 from shoestring.launch.report import write_report
 from shoestring.launch.report_charts import thin
+from shoestring.launch.report_page import Chart, Page, render
 from shoestring.train import metrics
 from shoestring.train.metrics import StepRecord
 from shoestring.train.sinks import JsonlSink
@@ -117,6 +118,12 @@ def test_text_from_the_run_is_only_ever_text(tmp_path):
     assert page.tags.count("script") == 2 and evil in page.text
 
 
+def test_a_figure_cannot_end_its_script():
+    chart = Chart("c", "t", "s", [{"name": "</script><b>"}], {})
+    page = Markup(render(Page(title="", facts=[], status="", notes=[], tiles=[], charts=[chart], config_text="")))
+    assert "b" not in page.tags and "\\u003c/script>\\u003cb>" in page.scripts[-1]
+
+
 @pytest.mark.parametrize(
     "files, said",
     [
@@ -204,7 +211,8 @@ def test_a_browser_draws_every_chart_without_complaint(tmp_path):
     _, figures = read(tmp_path)
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "report.html").as_uri()],
+         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+         (tmp_path / "report.html").as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     drawn = re.findall(r'<div class="plot js-plotly-plot" id="([^"]+)"', done.stdout)
