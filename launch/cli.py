@@ -129,11 +129,12 @@ def _export(args: argparse.Namespace) -> None:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="a Hugging Face DeepSeek-V3 checkpoint on this machine")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new folder for the checkpoint")
+    parser.add_argument("--skip-mtp", action="store_true", help="leave out layers for multi-token prediction")
 
 
 def _import(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    print(_call("shoestring.train.hf:import_", args.hf_dir, args.out))
+    print(_call("shoestring.train.hf:import_", args.hf_dir, args.out, skip_mtp=args.skip_mtp))
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
