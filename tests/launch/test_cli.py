@@ -54,7 +54,7 @@ def test_cfg_prints_the_resolved_configuration_and_runs_nothing(calls, capsys):
     ("words", "target", "args", "kwargs"),
     [
         (["export", "runs/a", "out"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")), {}),
-        (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {}),
+        (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"skip_mtp": False}),
         (["report", "runs/a"], "shoestring.launch.report:write_report", (Path("runs/a"),), {}),
         (["data", "build", "experiment=tiny", "--shard", "1", "--num-shards", "4", "data.workers=1"], "shoestring.train.data:build",
          (load(["experiment=tiny", "data.workers=1"]).data,), {"vocab_size": 2048, "shard": 1, "num_shards": 4}),
