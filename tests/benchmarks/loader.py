@@ -24,7 +24,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{'seq_len':>8} {'samples/s':>12} {'tokens/s':>14} {'x a CPU rank':>14}")
     for seq_len in (256, 1024, 4096):
-        shape = [f"data.seq_len={seq_len}", "model.max_seq_len=4096", f"train.global_batch_tokens={seq_len}", "train.micro_batch_sequences=1"]
+        shape = [f"data.seq_len={seq_len}", "model.max_seq_len=4096", "train.micro_batch_sequences=1"]
+        shape.append(f"train.global_batch_tokens={seq_len}")
         config = load([*arguments.overrides, *shape, f"data.cache_dir={arguments.cache_dir}"])
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=0)
         samples = throughput(lambda first, c=corpus: c.train(np.arange(first, first + arguments.batch)), arguments.batch, arguments.seconds)

@@ -137,6 +137,7 @@ def test_mixture_of_sources(tmp_path):
     epoch = corpus.sources[1].train_samples
     read = rows(samples[from_y])[: (1500 // epoch) * epoch]
     assert {read.count(r) for r in set(read)} == {1500 // epoch}  # whole epochs: every sample of `y` equally often
+    assert len(set(rows(corpus.eval(range(corpus.num_eval_samples))))) == sum(s.eval_samples for s in corpus.sources)  # each once
     first = corpus.eval(range(10))  # a short evaluation sees both sources
     assert _letters(first, "vwxy").sum() and _letters(first, "abcd").sum()
 

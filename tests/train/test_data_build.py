@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from shoestring.conf.schema import ConfigError, DataConfig, SourceConfig, TokenizerConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.train import data, sources, token_cache
@@ -65,6 +66,7 @@ def token_files_and_fingerprint(folder):
 
 
 def _open_on_rank(cache_dir):
+    dist.barrier()  # all start at once; and none ends while another is still being connected
     corpus, lines = open_logged(data_config(cache_dir))
     return corpus.fingerprint, corpus.train(range(64)), lines
 
