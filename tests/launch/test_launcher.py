@@ -1,5 +1,6 @@
 """Ranks that our launcher starts: the console, the exit code, and whose error is told when several ranks fail."""
 
+import contextlib
 import json
 import os
 import signal
@@ -105,7 +106,7 @@ def _until_told(config, failures, polite):
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(1) if polite else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    (failures / f"up-{Place.from_environment().rank}").touch()
+    (failures / f"up-{os.getpid()}").touch()
     while not told:
         time.sleep(0.02)
     (failures / f"saved-{Place.from_environment().rank}").touch()
@@ -131,6 +132,18 @@ def _wait_for(config, name: str, number: int) -> None:
         time.sleep(0.02)
 
 
+def _end(config, child: int, patience_s: float = 30.0) -> int:
+    """The launcher's exit code; whoever is still there after a while is killed, and fails the test."""
+    deadline = time.monotonic() + patience_s
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            for pid in [child, *(int(path.name.removeprefix("up-")) for path in Path(config.run_dir).glob("logs/*/up-*"))]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_rank_once_and_its_answer_is_the_exit_code(config, number):
     child = _in_a_process_of_its_own(config, True)
@@ -138,12 +151,9 @@ def test_a_signal_reaches_every_rank_once_and_its_answer_is_the_exit_code(config
         _wait_for(config, "up", 4)
         os.kill(child, number)
         _wait_for(config, "saved", 4)
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
     finally:
-        status = os.waitpid(child, 0)[1]
-    assert os.waitstatus_to_exitcode(status) == exit_codes.PREEMPTED
+        code = _end(config, child)
+    assert code == exit_codes.PREEMPTED
 
 
 def test_a_second_signal_ends_at_once(config):
@@ -154,6 +164,6 @@ def test_a_second_signal_ends_at_once(config):
         time.sleep(0.3)  # one and the same signal, pending twice, is delivered once
         os.kill(child, signal.SIGTERM)
     finally:
-        status = os.waitpid(child, 0)[1]
-    assert os.waitstatus_to_exitcode(status) == exit_codes.INTERRUPTED
+        code = _end(config, child)
+    assert code == exit_codes.INTERRUPTED
     assert not list(Path(config.run_dir).glob("logs/*/saved-*"))
