@@ -55,7 +55,7 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         for s in specs:
             keyed.setdefault((s.group, s.param.dtype, s.decay), []).append(s)
         groups, param_groups = {}, []
-        for key in in_collective_order(keyed, lambda k: k[0]):
+        for key in in_collective_order(keyed):
             group, _, decay = key
             name = next((n for n, g in groups.items() if g is group), f"replicas{len(groups)}")
             groups[name] = group

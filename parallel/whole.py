@@ -70,7 +70,7 @@ class WholeOptimizer(ShardedOptimizer):
         for s in specs:
             keyed.setdefault((s.group, s.stage, s.param.dtype, s.unit == 1), []).append(s)
         load: dict[dist.ProcessGroup, list[int]] = {}
-        self._buffers = [self._add_buffer(keyed[k], load) for k in in_collective_order(keyed, lambda k: k[0])]
+        self._buffers = [self._add_buffer(keyed[k], load) for k in in_collective_order(keyed)]
 
     @torch.no_grad()
     def _add_buffer(self, specs: list[Spec], load: dict) -> _Buffer:

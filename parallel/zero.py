@@ -156,13 +156,13 @@ def squared_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat([n.double().view(-1) for n in norms]).square().sum()
 
 
-def in_collective_order(keys, group_of) -> list:
-    """Sort by the ranks of each key's group, otherwise as given.
+def in_collective_order(buckets: dict[tuple, list[Spec]]) -> list[tuple]:
+    """The keys of `buckets` (lists of specs of one group each) by the group's ranks, then by the first parameter's name.
 
     Ranks that belong to several groups (a parameter tied across stages has one of its own) then meet them in one global order,
     whatever order their specs came in: no ring of ranks can wait for one another.
     """
-    return sorted(keys, key=lambda k: dist.get_process_group_ranks(group_of(k)))
+    return sorted(buckets, key=lambda key: (dist.get_process_group_ranks(buckets[key][0].group), buckets[key][0].name))
 
 
 def check(specs: Sequence[Spec]) -> None:

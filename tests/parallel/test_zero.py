@@ -21,7 +21,7 @@ from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.parallel import deepspeed_zero
 from shoestring.parallel.optimizer import make_optimizer
 from shoestring.parallel.whole import ALIGNMENT, WholeOptimizer, even_cuts, unit_cuts
-from shoestring.parallel.zero import AdamW, Spec, squared_norm
+from shoestring.parallel.zero import AdamW, Spec, in_collective_order, squared_norm
 from torch import nn
 
 SHARES = 4  # of the global batch, dealt out over dp
@@ -149,8 +149,8 @@ def train(layout, build, dtype, steps, by_stage=False, unit=lambda name: 1):
     specs = mesh.specs(dtype, unit=unit)
     optimizer, record = build(specs), []
     for step in range(steps):
-        mesh.backward(specs, step)
-        for stage in reversed(mesh.stages) if by_stage else [None]:
+        for stage in reversed(mesh.stages) if by_stage else [None]:  # the last stage is reduced while the first still computes
+            mesh.backward([s for s in specs if stage in (None, s.stage)], step)
             optimizer.reduce(stage)
         norm = optimizer.norm(1 / SHARES)
         record.append((norm.item(), optimizer.step(norm, LR[step]).item()))
@@ -283,6 +283,21 @@ def test_reduction_by_stage_in_any_order(engine):
     at_once = run((1, 2, 1), engine, torch.float32, steps=2)
     by_stage = run((1, 2, 1), engine, torch.float32, steps=2, by_stage=True)
     assert at_once[1] == by_stage[1] and all(torch.equal(v, by_stage[0][k]) for k, v in at_once[0].items())
+
+
+def test_groups_meet_in_one_order():
+    """Two parameters tied across the same ranks, and one of each rank's own, in another order on each rank."""
+
+    def body():
+        rank, (a, b) = dist.get_rank(), (dist.new_group([0, 1]), dist.new_group([0, 1]))
+        own = [dist.new_group([r]) for r in range(2)][rank]
+        specs = [small(name="z", group=own), small(name="tied.a", group=a), small(name="tied.b", group=b)]
+        buckets = {(s.name,): [s] for s in (reversed(specs) if rank else specs)}
+        return in_collective_order(buckets)
+
+    first, last = fork_ranks(2, body, timeout_s=60)
+    assert first.index(("tied.a",)) < first.index(("tied.b",)) and last.index(("tied.a",)) < last.index(("tied.b",))
+    assert first.index(("z",)) == 0 and last.index(("z",)) == 2  # by ranks: [0] < [0, 1] < [1]
 
 
 def test_units_stay_whole_and_change_nothing():
