@@ -397,6 +397,8 @@ def test_torn_saves_are_ignored_and_cleared(tmp_path):
     shutil.copytree(path, tmp_path / "step_00000006", ignore=shutil.ignore_patterns("manifest.json"))
     (tmp_path / "step_00000007").mkdir()
     assert find_latest(tmp_path) == path
+    (tmp_path / "latest").unlink()
+    assert find_latest(tmp_path) == path
     save_all(tmp_path, 2, steps=(3,))
     assert present(tmp_path) == ["latest", "step_00000002", "step_00000003", "step_00000006", "step_00000007"]
 
