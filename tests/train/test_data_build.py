@@ -157,6 +157,26 @@ def test_killed_builder_is_continued(tmp_path, alone, monkeypatch):
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("victim", ["train.bin", "eval.bin", "json"])
+def test_killed_while_files_appear(tmp_path, alone, monkeypatch, victim):
+    """SIGKILL just before one file of the second piece appears: the piece does not count as finished."""
+    replace = os.replace
+
+    def deadly(source, target):
+        if str(target).endswith(f"00001.{victim}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", deadly)
+    child = fork.Process(target=open_logged, args=(data_config(tmp_path),))
+    child.start(), child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert [p.name for p in tokens_folder(tmp_path).glob("*.json")] == ["00000.json"]
+    monkeypatch.setattr(os, "replace", replace)
+    corpus, _ = open_logged(data_config(tmp_path))
+    assert corpus.fingerprint == alone[1] and token_files(tmp_path) == alone[0]
+
+
 # ---------------------------------------------------------------- shards
 
 
