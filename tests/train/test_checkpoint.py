@@ -52,7 +52,9 @@ def blank(chunks):
 
 
 def checkpointer(folder, keep_last=2, async_save=False):
-    return Checkpointer(Path(folder), keep_last=keep_last, async_save=async_save, group=dist.new_group(backend="gloo"))
+    group = dist.new_group(backend="gloo")
+    dist.barrier()  # a rank that leaves while another still connects breaks the group
+    return Checkpointer(Path(folder), keep_last=keep_last, async_save=async_save, group=group)
 
 
 def save_all(folder, world=2, steps=(3,), values=TENSORS, **options):
