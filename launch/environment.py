@@ -1,9 +1,11 @@
 """The environment variables that Shoestring reads and sets, all of them. Importing this imports nothing heavy: some must be set first."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,15 @@ def command(words: Sequence[str]) -> list[str]:
     """What a person would type to train with these settings again, in the way that this process was started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "shoestring.train", *words]
-    return ["shoestring", "train", *words]
+    return [_program(), "train", *words]
+
+
+def _program() -> str:
+    """`shoestring` where the shell would find the one that is running, else its path (`make` does not activate .venv)."""
+    running, found = Path(sys.argv[0]), shutil.which("shoestring")
+    if running.name != "shoestring" or (found and os.path.realpath(found) == os.path.realpath(running)):
+        return "shoestring"
+    return os.path.relpath(running) if running.resolve().is_relative_to(Path.cwd()) else str(running)
 
 
 def prepare(threads: int) -> None:

@@ -156,6 +156,18 @@ def test_the_command_to_repeat_is_the_one_that_was_used(monkeypatch):
     assert environment.command(["a=1"]) == ["torchrun", "--nproc-per-node", "8", "-m", "shoestring.train", "a=1"]
 
 
+def test_a_program_off_the_path_is_named_by_its_path(monkeypatch, tmp_path):
+    program = tmp_path / ".venv" / "bin" / "shoestring"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert environment.command([])[0] == ".venv/bin/shoestring"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert environment.command([])[0] == "shoestring"
+
+
 def test_what_the_user_has_set_in_the_environment_stays(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     environment.prepare(threads=2)
