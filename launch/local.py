@@ -78,4 +78,8 @@ def _rank(rank, world_size, target, args, folder, results):
     results.close(), results.join_thread()
     with contextlib.suppress(Exception):
         sys.stdout.flush(), sys.stderr.flush()
+    # Others may still be connecting to this rank: stay until the parent, which has all answers then, ends everybody (or is gone).
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.05)
     os._exit(0)
