@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_LONGEST = 80  # characters of a value that are shown
+_LONGEST = 80  # characters of a list or a dictionary that are shown; text, which may be a path, is shown whole
 
 
 class ConfigError(ValueError):
@@ -49,7 +49,6 @@ def most_like(word: str, words: Iterable[str]) -> str | None:
 
 def _show(value: Any) -> str:
     if isinstance(value, str) and value and value.isprintable() and value.strip() == value:
-        text = value
-    else:
-        text = repr(list(value) if isinstance(value, tuple) else value)
+        return value
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
