@@ -35,8 +35,8 @@ install: $(installed)
 
 # The stamp is written last: an install that broke off is taken up again by the next make.
 $(installed): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13, which constraints.txt is made for; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: $(PYTHON) is not Python 3.10 to 3.13, which constraints.txt is made for; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@test -x $(VENV)/bin/python || { echo "Creating $(VENV) ..."; $(PYTHON) -m venv $(VENV); } || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt-get install python3-venv)" >&2; exit 2; }
 	@echo "Installing $(torch) into $(VENV): from one minute to ten, as the network allows ..."
