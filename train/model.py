@@ -10,10 +10,10 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conf.schema import ModelConfig
+from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.embedding import embedding
 from ..kernels.grouped import row_alignment
 from ..kernels.linear import linear
@@ -93,8 +93,11 @@ class Stage(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) in the weights' dtype. Last stage only."""
-        weight = self.embed if self.m.tie_embeddings else self.head
-        return linear(rms_norm(x_TD, self.norm, self.m.norm_eps), weight, self.store)
+        return linear(rms_norm(x_TD, self.norm, self.m.norm_eps), self.head_weight, self.store)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        return self.embed if self.m.tie_embeddings else self.head
 
     def _make_phases(self) -> list:
         phases = [ComputePhase("embed", self._embed)] if self.is_first else []
@@ -144,9 +147,8 @@ class Stage(nn.Module):
 
     def _loss(self, batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor]:
         """Summed token loss times `balance.token_weight`: gradients of a healthy size, whatever the global batch."""
-        logits_TV = self.logits(x_TD)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return (F.cross_entropy(logits_TV, batch.targets_BS.flatten(), reduction="sum") * self.balance.token_weight,)
+        unit_TD = rms_norm(x_TD, self.norm, self.m.norm_eps)
+        return (linear_cross_entropy(unit_TD, self.head_weight, batch.targets_BS.flatten(), self.balance.token_weight, self.store),)
 
     def turns(self, batch: MicroBatch) -> Tensor:
         seq_len, device = batch.tokens_BS.shape[1], batch.tokens_BS.device
