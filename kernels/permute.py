@@ -5,18 +5,23 @@ T tokens   K copies of each   R rows   D model dim
 
 from torch import Tensor
 
+from .fused import fused
+
 
 def permute(x_ND: Tensor, row_of_R: Tensor) -> Tensor:
     """(N, D) or (N,) and int64 (R,) -> (R, D) or (R,): x[row_of_R], zero where the index is -1."""
     if len(x_ND) == 0:
         return x_ND.new_zeros(len(row_of_R), *x_ND.shape[1:])
-    out = x_ND.index_select(0, row_of_R.clamp(min=0))
-    return out.masked_fill_((row_of_R < 0).view(-1, *[1] * (x_ND.dim() - 1)), 0)
+    return x_ND.index_select(0, row_of_R.clamp(min=0)).index_fill_(0, (row_of_R < 0).nonzero().squeeze(1), 0)
 
 
-def sum_copies(rows_RD: Tensor, row_of_TK: Tensor) -> Tensor:
+@fused
+def _gather_and_sum(rows_RD, row_of_TK):
+    return rows_RD[row_of_TK.flatten()].unflatten(0, row_of_TK.shape).sum(1)
+
+
+def sum_copies(rows_RD: Tensor, row_of_TK: Tensor, *, compiled: bool = False) -> Tensor:
     """(R, D) and int64 (T, K) -> (T, D): each token's rows added in the order of K, in FP32 or wider, rounded once."""
-    num_tokens, num_copies = row_of_TK.shape
-    if num_tokens == 0:
+    if len(row_of_TK) == 0:
         return rows_RD.new_zeros(0, rows_RD.shape[1])
-    return rows_RD.index_select(0, row_of_TK.flatten()).view(num_tokens, num_copies, -1).sum(1)
+    return _gather_and_sum(rows_RD, row_of_TK, compiled=compiled)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import fused
+
 
 def swiglu_reference(gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
@@ -14,29 +16,36 @@ def swiglu_reference(gate_up: Tensor, weight_R: Tensor | None = None) -> Tensor:
     return hidden if weight_R is None else (hidden * weight_R[:, None]).to(gate_up.dtype)
 
 
+@fused
+def _forward(gate_up, weight_R):
+    gate, up = gate_up.chunk(2, -1)
+    hidden = F.silu(gate).mul_(up)
+    return hidden if weight_R is None else hidden.mul_(weight_R[:, None])
+
+
+@fused
+def _backward(grad, gate_up, weight_R):
+    gate, up = gate_up.chunk(2, -1)
+    act, grad_weight = F.silu(gate), None
+    if weight_R is not None:
+        grad_weight = (grad * act).mul_(up).sum(-1, dtype=weight_R.dtype)
+        grad = grad * weight_R[:, None].to(grad.dtype)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * act], -1), grad_weight
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight_R):
+    def forward(ctx, gate_up, weight_R, compiled):
         ctx.save_for_backward(gate_up, weight_R)
-        gate, up = gate_up.chunk(2, -1)
-        hidden = F.silu(gate).mul_(up)
-        return hidden if weight_R is None else hidden.mul_(weight_R[:, None])
+        ctx.compiled = compiled
+        return _forward(gate_up, weight_R, compiled=compiled)
 
     @staticmethod
     def backward(ctx, grad):
-        gate_up, weight_R = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        act, grad_weight = F.silu(gate), None
-        if weight_R is not None:
-            grad_weight = (grad * act).mul_(up).sum(-1, dtype=weight_R.dtype)
-            grad = grad * weight_R[:, None].to(grad.dtype)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        torch.mul(grad, act, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up, grad_weight
+        grad_gate_up, grad_weight = _backward(grad, *ctx.saved_tensors, compiled=ctx.compiled)
+        return grad_gate_up, grad_weight, None
 
 
-def swiglu(gate_up_R2F: Tensor, weight_R: Tensor | None = None) -> Tensor:
+def swiglu(gate_up_R2F: Tensor, weight_R: Tensor | None = None, *, compiled: bool = False) -> Tensor:
     """(R, 2F) holding [gate | up], optional FP32 (R,) -> (R, F) in the input's dtype. Differentiable in both."""
-    return _SwiGLU.apply(gate_up_R2F, weight_R)
+    return _SwiGLU.apply(gate_up_R2F, weight_R, compiled)

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from ..conf.schema import ModelConfig
 from ..kernels.attention import causal_attention
-from ..kernels.linear import linear
-from ..kernels.rms_norm import rms_norm
-from ..kernels.weight_grad import WeightGradStore
-from .rope import rotate, softmax_scale
+from ..kernels.ops import Ops
+from .rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # of the norms on the latents, whatever the model's norm_eps: as released
 
@@ -31,21 +29,21 @@ class Attention(nn.Module):
         self.kv_b = new(m.num_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank)
         self.out = new(m.dim, m.num_heads * m.v_head_dim)
 
-    def forward(self, u_TD: Tensor, turns_SP: Tensor, store: WeightGradStore) -> Tensor:
+    def forward(self, u_TD: Tensor, turns_SP: Tensor, ops: Ops) -> Tensor:
         """(T, D) whole sequences of S = len(turns) -> (T, D)."""
         m, seq_len = self.m, len(turns_SP)
-        q, kv, k_rope = linear(u_TD, self.qkv_a, store).split([m.q_lora_rank or self.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
+        q, kv, k_rope = ops.linear(u_TD, self.qkv_a).split([m.q_lora_rank or self.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
         if m.q_lora_rank:
-            q = linear(rms_norm(q, self.q_norm, LATENT_NORM_EPS), self.q_b, store)
-        kv = linear(rms_norm(kv, self.kv_norm, LATENT_NORM_EPS), self.kv_b, store)
+            q = ops.linear(ops.rms_norm(q, self.q_norm, LATENT_NORM_EPS), self.q_b)
+        kv = ops.linear(ops.rms_norm(kv, self.kv_norm, LATENT_NORM_EPS), self.kv_b)
 
         q_nope, q_rope = q.view(-1, seq_len, m.num_heads, m.qk_head_dim).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
         k_nope, v = kv.view(-1, seq_len, m.num_heads, m.qk_nope_head_dim + m.v_head_dim).split([m.qk_nope_head_dim, m.v_head_dim], -1)
-        k_rope = rotate(k_rope.view(-1, seq_len, 1, m.qk_rope_head_dim), turns_SP).expand(-1, -1, m.num_heads, -1)
-        q = torch.cat([q_nope, rotate(q_rope, turns_SP)], -1).transpose(1, 2)
+        k_rope = ops.rotate(k_rope.view(-1, seq_len, 1, m.qk_rope_head_dim), turns_SP).expand(-1, -1, m.num_heads, -1)
+        q = torch.cat([q_nope, ops.rotate(q_rope, turns_SP)], -1).transpose(1, 2)
         k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)
         mixed_BHSV = causal_attention(q, k, v.transpose(1, 2), self.scale)
-        return linear(mixed_BHSV.transpose(1, 2).reshape(len(u_TD), -1), self.out, store)
+        return ops.linear(mixed_BHSV.transpose(1, 2).reshape(len(u_TD), -1), self.out)
 
     @property
     def q_width(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..conf.schema import Config, OptimConfig
 from ..kernels.grouped import row_alignment
-from ..kernels.weight_grad import WeightGradStore
+from ..kernels.ops import Ops
 from ..parallel.dispatch import make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
@@ -51,7 +51,7 @@ class Engine:
         self.config, self.device = config, torch.device(device)
         self.mesh = Mesh.create(config.parallel, dist.get_rank(), tied=config.model.tie_embeddings)
         self.dtype = DTYPES[config.precision.compute]
-        self.store = WeightGradStore()
+        self.ops = Ops(compiled=config.launch.compile)
         self.stages = self._build_stages()
         self.biases = self._share_biases()
         self.optimizer = make_optimizer(config.optim.engine, self._specs(), _hyper(config.optim))
@@ -84,7 +84,7 @@ class Engine:
                     balance=balance,
                     dtype=self.dtype,
                     dispatcher=dispatcher,
-                    store=self.store,
+                    ops=self.ops,
                     shared_embed=stages[0].embed if is_last and c.model.tie_embeddings and 0 in stages else None,
                 )
             materialise(stages[index], seed=c.train.seed, ep_rank=mesh.ep_rank, device=self.device)
@@ -110,7 +110,7 @@ class Engine:
             stages={index: stage.phases for index, stage in self.stages.items()},
             mesh=mesh,
             actions=lists[mesh.pp_rank],
-            store=self.store,
+            store=self.ops.store,
             boundary=lambda num_tokens: torch.empty(num_tokens, c.model.dim, dtype=self.dtype, device=self.device),
         )
 

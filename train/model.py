@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conf.schema import ModelConfig
-from ..kernels.cross_entropy import linear_cross_entropy
-from ..kernels.embedding import embedding
 from ..kernels.grouped import row_alignment
-from ..kernels.linear import linear
-from ..kernels.rms_norm import rms_norm
+from ..kernels.ops import Ops
 from ..kernels.weight_grad import WeightGradStore, fold_into_main_grad
 from ..parallel.dispatch import Combine, Dispatch, Dispatcher, Routing, make_dispatcher
 from ..parallel.phases import ComputePhase, EmptyPhase, MicroBatch
@@ -44,10 +41,10 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(m.dim, m.dense_hidden_dim, dtype)
 
-    def attend(self, x_TD: Tensor, turns_SP: Tensor, store: WeightGradStore) -> tuple[Tensor, Tensor]:
+    def attend(self, x_TD: Tensor, turns_SP: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
         """-> residual stream h, and its norm u, the feed-forward's input."""
-        h_TD = x_TD + self.attn(rms_norm(x_TD, self.attn_norm, self.m.norm_eps), turns_SP, store)
-        return h_TD, rms_norm(h_TD, self.mlp_norm, self.m.norm_eps)
+        h_TD = x_TD + self.attn(ops.rms_norm(x_TD, self.attn_norm, self.m.norm_eps), turns_SP, ops)
+        return h_TD, ops.rms_norm(h_TD, self.mlp_norm, self.m.norm_eps)
 
 
 class Stage(nn.Module):
@@ -64,7 +61,7 @@ class Stage(nn.Module):
         balance: Balance,
         dtype: torch.dtype,
         dispatcher: Dispatcher,
-        store: WeightGradStore,
+        ops: Ops,
         shared_embed: nn.Parameter | None = None,
     ):
         """Parameters are allocated on the current default device (build under `torch.device("meta")`, then `materialise`).
@@ -72,7 +69,7 @@ class Stage(nn.Module):
         `shared_embed`: the embedding of a first stage on the same rank, for a tied head.
         """
         super().__init__()
-        self.m, self.dtype, self.dispatcher, self.store, self.balance = m, dtype, dispatcher, store, balance
+        self.m, self.dtype, self.dispatcher, self.ops, self.balance = m, dtype, dispatcher, ops, balance
         self.is_first, self.is_last = is_first, is_last
         if is_first or (is_last and m.tie_embeddings):
             self.embed = shared_embed if shared_embed is not None else nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
@@ -93,7 +90,11 @@ class Stage(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) in the weights' dtype. Last stage only."""
-        return linear(rms_norm(x_TD, self.norm, self.m.norm_eps), self.head_weight, self.store)
+        return self.ops.linear(self.ops.rms_norm(x_TD, self.norm, self.m.norm_eps), self.head_weight)
+
+    @property
+    def store(self) -> WeightGradStore:
+        return self.ops.store
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -120,15 +121,15 @@ class Stage(nn.Module):
         return [*phases, ComputePhase("head", self._loss)] if self.is_last else phases
 
     def _embed(self, batch: MicroBatch, tokens_BS: Tensor) -> tuple[Tensor]:
-        return (embedding(tokens_BS.flatten(), self.embed, self.store),)
+        return (self.ops.embedding(tokens_BS.flatten(), self.embed),)
 
     def _attend(self, block: Block):
-        return lambda batch, x_TD: block.attend(x_TD, self.turns(batch), self.store)
+        return lambda batch, x_TD: block.attend(x_TD, self.turns(batch), self.ops)
 
     def _attend_and_route(self, block: Block):
         def compute(batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
-            h_TD, u_TD = block.attend(x_TD, self.turns(batch), self.store)
-            weight_TK, expert_TK, losses = block.router(u_TD, batch.tokens_BS.shape[1], self.store)
+            h_TD, u_TD = block.attend(x_TD, self.turns(batch), self.ops)
+            weight_TK, expert_TK, losses = block.router(u_TD, batch.tokens_BS.shape[1], self.ops)
             routing = self.dispatcher.route(expert_TK)
             routing.losses = losses
             return h_TD, u_TD, weight_TK, routing
@@ -137,18 +138,18 @@ class Stage(nn.Module):
 
     def _experts(self, block: Block):
         def compute(batch: MicroBatch, h_TD, u_TD, rows_RD, weight_R, r) -> tuple[Tensor, Tensor, Routing]:
-            y_TD = h_TD + block.shared(u_TD, self.store) if self.m.num_shared_experts else h_TD
-            return y_TD, block.experts(rows_RD, weight_R, r.groups, self.store), r
+            y_TD = h_TD + block.shared(u_TD, self.ops) if self.m.num_shared_experts else h_TD
+            return y_TD, block.experts(rows_RD, weight_R, r.groups, self.ops), r
 
         return compute
 
     def _mlp(self, block: Block):
-        return lambda batch, h_TD, u_TD: (h_TD + block.mlp(u_TD, self.store),)
+        return lambda batch, h_TD, u_TD: (h_TD + block.mlp(u_TD, self.ops),)
 
     def _loss(self, batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor]:
         """Summed token loss times `balance.token_weight`: gradients of a healthy size, whatever the global batch."""
-        unit_TD = rms_norm(x_TD, self.norm, self.m.norm_eps)
-        return (linear_cross_entropy(unit_TD, self.head_weight, batch.targets_BS.flatten(), self.balance.token_weight, self.store),)
+        unit_TD = self.ops.rms_norm(x_TD, self.norm, self.m.norm_eps)
+        return (self.ops.cross_entropy(unit_TD, self.head_weight, batch.targets_BS.flatten(), self.balance.token_weight),)
 
     def turns(self, batch: MicroBatch) -> Tensor:
         seq_len, device = batch.tokens_BS.shape[1], batch.tokens_BS.device
@@ -213,7 +214,7 @@ class CausalLM(nn.Module):
             balance=Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0),
             dtype=dtype,
             dispatcher=make_dispatcher("local", num_experts=m.num_experts, align=row_alignment(dtype), groups=None),
-            store=WeightGradStore(),
+            ops=Ops(),
         )
 
     @torch.no_grad()

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conf.schema import ModelConfig
-from ..kernels.grouped import RowGroups, grouped_linear
-from ..kernels.linear import linear
-from ..kernels.swiglu import swiglu
-from ..kernels.weight_grad import WeightGradStore
+from ..kernels.grouped import RowGroups
+from ..kernels.ops import Ops
 from ..parallel.dispatch import Routing
 
 
@@ -50,9 +48,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
         self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, u_TD: Tensor, seq_len: int, store: WeightGradStore) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, u_TD: Tensor, seq_len: int, ops: Ops) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(T, D) -> weight_TK (FP32 or wider, differentiable), expert_TK (int64), the detached losses by name."""
-        logits_TE = _gate(u_TD, self.weight, store)
+        logits_TE = _gate(u_TD, self.weight, ops)
         score_TE = logits_TE.sigmoid()
         expert_TK = self.select(score_TE.detach())
         weight_TK = score_TE.gather(1, expert_TK)
@@ -77,10 +75,10 @@ class Router(nn.Module):
         return choice_TE.topk(m.top_k, 1).indices
 
 
-def _gate(u_TD: Tensor, weight_ED: Tensor, store: WeightGradStore) -> Tensor:
+def _gate(u_TD: Tensor, weight_ED: Tensor, ops: Ops) -> Tensor:
     """Logits in FP32 or wider, whatever the dtype of tokens and weight."""
     wide = torch.promote_types(u_TD.dtype, torch.float32)
-    return linear(u_TD.to(wide), weight_ED, store, compute_dtype=wide)
+    return ops.linear(u_TD.to(wide), weight_ED, compute_dtype=wide)
 
 
 def sequence_balance_loss(score_TE: Tensor, expert_TK: Tensor, seq_len: int) -> Tensor:
@@ -104,8 +102,8 @@ class MLP(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * hidden_dim, dim, dtype=dtype))
         self.down = nn.Parameter(torch.empty(dim, hidden_dim, dtype=dtype))
 
-    def forward(self, u_TD: Tensor, store: WeightGradStore) -> Tensor:
-        return linear(swiglu(linear(u_TD, self.gate_up, store)), self.down, store)
+    def forward(self, u_TD: Tensor, ops: Ops) -> Tensor:
+        return ops.linear(ops.swiglu(ops.linear(u_TD, self.gate_up)), self.down)
 
 
 class Experts(nn.Module):
@@ -116,9 +114,9 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_local, 2 * hidden_dim, dim, dtype=dtype))
         self.down = nn.Parameter(torch.empty(num_local, dim, hidden_dim, dtype=dtype))
 
-    def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, store: WeightGradStore) -> Tensor:
-        hidden_RF = swiglu(grouped_linear(rows_RD, self.gate_up, groups, store), weight_R)
-        return grouped_linear(hidden_RF, self.down, groups, store)
+    def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, ops: Ops) -> Tensor:
+        hidden_RF = ops.swiglu(ops.grouped_linear(rows_RD, self.gate_up, groups), weight_R)
+        return ops.grouped_linear(hidden_RF, self.down, groups)
 
 
 @dataclass(kw_only=True)

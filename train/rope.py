@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs, plain or stretched by YaRN (arXiv 2309.00071; DeepSeek-V3 §4.3).
+"""The angles of rotary position embedding, plain or stretched by YaRN (arXiv 2309.00071; DeepSeek-V3 §4.3).
 
 S positions   P = rope dim / 2 pairs
 """
@@ -16,13 +16,6 @@ def rotations(m: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.de
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), _frequencies(m).double())
     turned = torch.polar(torch.full_like(angles, _attention_factor(m.yarn)), angles)
     return turned.to(torch.complex128 if dtype == torch.float64 else torch.complex64).to(device)
-
-
-def rotate(x_BSHP2: Tensor, turns_SP: Tensor) -> Tensor:
-    """Turn the interleaved pairs of the last dim, computed in FP32 or wider; shape (B, S, H, 2 P) and dtype stay."""
-    wide = x_BSHP2.to(turns_SP.real.dtype)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns_SP[:, None, :]).flatten(-2).to(x_BSHP2.dtype)
 
 
 def softmax_scale(m: ModelConfig) -> float:

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.conf.schema import ModelConfig, YarnConfig
 from shoestring.kernels.grouped import RowGroups, row_alignment
+from shoestring.kernels.ops import Ops
+from shoestring.kernels.rotary import rotate
 from shoestring.kernels.weight_grad import WeightGradStore
 from shoestring.parallel.dispatch import make_dispatcher
 from shoestring.train.model import CausalLM, Stage, materialise, named_weights
 from shoestring.train.moe import Balance, Experts, Router, sequence_balance_loss
-from shoestring.train.rope import rotate, rotations, softmax_scale
+from shoestring.train.rope import rotations, softmax_scale
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
@@ -81,7 +83,7 @@ def test_weights_come_from_scores_without_the_bias(norm_topk):
     made = router(m)
     made.bias.mul_(10)
     u = torch.randn(6, m.dim, dtype=torch.float64)
-    weight_TK, expert_TK, _ = made(u, 3, WeightGradStore())
+    weight_TK, expert_TK, _ = made(u, 3, Ops())
     score = torch.sigmoid(u @ made.weight.T).gather(1, expert_TK)
     if norm_topk:
         score = score / score.sum(1, keepdim=True)
@@ -94,7 +96,7 @@ def test_the_gate_is_wide_in_bf16():
     made = Router(m, Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0), torch.bfloat16)
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
     u = torch.randn(6, m.dim, generator=torch.Generator().manual_seed(1)).bfloat16()
-    weight_TK, expert_TK, _ = made(u, 6, WeightGradStore())
+    weight_TK, expert_TK, _ = made(u, 6, Ops())
     score = torch.sigmoid(u.double() @ made.weight.double().T).gather(1, expert_TK)
     assert weight_TK.dtype == torch.float32 and made.bias.dtype == torch.float32
     torch.testing.assert_close(weight_TK.double(), 2.5 * score / score.sum(1, keepdim=True), rtol=1e-5, atol=0)
@@ -140,7 +142,7 @@ def test_attached_losses_have_the_gradient_of_a_sum(balance, z):
     generator = torch.Generator().manual_seed(5)
     u, away = (torch.randn(num_tokens, n, dtype=torch.float64, generator=generator) for n in (m.dim, m.top_k))
     ours, store = u.clone().requires_grad_(), WeightGradStore()
-    weight_TK, expert_TK, losses = made(ours, seq_len, store)
+    weight_TK, expert_TK, losses = made(ours, seq_len, Ops(store=store))
     (weight_TK * away).sum().backward()
     with torch.no_grad():
         (closure,) = store.take()
@@ -164,7 +166,7 @@ def test_attached_losses_have_the_gradient_of_a_sum(balance, z):
 def test_no_loss_is_attached_in_evaluation():
     made = router(small(), balance=1.0)
     with torch.no_grad():
-        weight_TK, _, _ = made(torch.randn(4, 16, dtype=torch.float64), 4, WeightGradStore())
+        weight_TK, _, _ = made(torch.randn(4, 16, dtype=torch.float64), 4, Ops())
     assert not weight_TK.requires_grad
 
 
@@ -246,7 +248,7 @@ def stage(m: ModelConfig, layers: range, *, ep: int = 1, ep_rank: int = 0, seed:
             balance=Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0),
             dtype=dtype,
             dispatcher=make_dispatcher("local", num_experts=m.num_experts, align=row_alignment(dtype), groups=None),
-            store=WeightGradStore(),
+            ops=Ops(),
         )
     materialise(made, seed=seed, ep_rank=ep_rank)
     return made
@@ -294,7 +296,7 @@ def test_a_tied_table_is_one_parameter():
     with torch.device("meta"):
         last = Stage(
             m, layers=range(2, 4), is_first=False, is_last=True, ep=1, balance=first.balance, dtype=torch.float32,
-            dispatcher=first.dispatcher, store=first.store, shared_embed=first.embed,
+            dispatcher=first.dispatcher, ops=first.ops, shared_embed=first.embed,
         )  # fmt: skip
     assert [name for _, name, _ in named_weights({0: first, 1: last})].count("embed") == 1
     assert torch.equal(stage(m, range(2, 4)).embed, first.embed)  # elsewhere: its own copy, the same weights
@@ -310,7 +312,7 @@ def test_experts_without_rows_break_nothing(sizes):
         torch.nn.init.normal_(param)
         param.main_grad = torch.zeros_like(param, requires_grad=False)
     rows, weight = torch.randn(num_rows, 8, requires_grad=True), torch.rand(num_rows, requires_grad=True)
-    out = experts(rows, weight, RowGroups.of(sizes), store)
+    out = experts(rows, weight, RowGroups.of(sizes), Ops(store=store))
     out.backward(torch.ones_like(out))
     with torch.no_grad():
         for closure in store.take():
