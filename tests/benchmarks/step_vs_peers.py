@@ -9,7 +9,7 @@ import argparse
 import datetime
 import os
 import platform
-import statistics
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,24 +105,26 @@ def two_ranks(options: argparse.Namespace) -> dict[str, Duel]:
 
 def one_process(options: argparse.Namespace) -> dict[str, Duel]:
     torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # the compiler's, about code of transformers
     title = f"one process of {options.threads} thread(s)"
     return section(options, title, lambda v, micro: make(v, micro=micro, words=options.words), TRANSFORMERS, splits=[4, SEQUENCES])
 
 
 def section(options, title: str, make_one, peers: list[Variant], splits: list[int]) -> dict[str, Duel]:
     """Print agreement, then a table; return the duels of the headlines: of plain fp32, and of the fastest of either side."""
-    peers = [v for v in peers if options.only in v.name and not (v.compiled and (options.quick or options.profile))]
+    allowed = lambda v: not (v.compiled and (options.quick or options.profile))
+    ours, peers = [v for v in OURS if allowed(v)], [v for v in peers if allowed(v) and options.only in v.name]
     if not peers:
         return {}
     arena = Arena(make_one, vocab_size=configure(options.words, precision="fp32", micro=splits[0]).model.vocab_size, pairs=options.pairs)
     say(f"\n{title}")
     if options.profile:
-        for variant in [*OURS, *peers]:
+        for variant in [*ours, *peers]:
             print_profile(arena, Entry(variant=variant, micro=splits[-1]))
         return {}
     check_agreement(arena, peers, splits[0])
-    duels = survey(arena, peers, splits)
-    headlines = {"best": best_pair(arena, duels)}
+    duels, speeds = survey(arena, ours, peers, splits)
+    headlines = {"best": best_pair(arena, duels, speeds)}
     plain = [d for d in duels if d.theirs.variant in peers and d.theirs.variant.precision == "fp32" and not d.theirs.variant.compiled]
     if plain:
         headlines["plain fp32"] = min(plain, key=lambda d: d.ratio[1])
@@ -142,28 +144,29 @@ def check_agreement(arena: Arena, peers: list[Variant], micro: int) -> None:
         say("")
 
 
-def survey(arena: Arena, peers: list[Variant], splits: list[int]) -> list[Duel]:
-    """Everyone against the plain Shoestring of the same precision."""
-    duels, base = [], {}
-    say(f"  {'variant':<42} {'tokens/s':>9} {'shoestring':>11}   ratio")
+def survey(arena: Arena, ours: list[Variant], peers: list[Variant], splits: list[int]) -> tuple[list[Duel], dict[Entry, float]]:
+    """Everyone, our other variants too, against the plain Shoestring of the same precision. Returns the duels, and everyone's speed
+    relative to the first: a product of ratios, since tokens/s of different minutes do not compare."""
+    duels, speeds, first = [], {}, None
+    say(f"  {'variant':<42} {'tokens/s':>9} {'beside shoestring':>19}   ratio")
     for precision in PRECISIONS:
-        ours, others = [[v for v in side if v.precision == precision] for side in (OURS, peers)]
+        (plain, *more), others = [[v for v in side if v.precision == precision] for side in (ours, peers)]
         if not others:
             continue
-        base[precision] = arena.best_split(ours[0], splits)
-        for variant in [*ours[1:], *others]:
-            duels.append(arena.duel(base[precision], arena.best_split(variant, splits)))
+        base = arena.best_split(plain, splits)
+        if first is None:
+            first, speeds[base] = base, 1.0
+        meetings = [(first, base)] * (base != first) + [(base, arena.best_split(v, splits)) for v in [*more, *others]]
+        for one, other in meetings:
+            duels.append(arena.duel(one, other))
+            speeds[other] = speeds[one] / duels[-1].ratio[1]
             say_duel(duels[-1])
-    return duels
+    return duels, speeds
 
 
-def best_pair(arena: Arena, duels: list[Duel]) -> Duel:
-    """The fastest of ours against the fastest of theirs, by tokens/s in the survey; measured against each other."""
-    speeds: dict[bool, dict[Entry, list[float]]] = {True: {}, False: {}}
-    for duel in duels:
-        for entry, speed in zip((duel.ours, duel.theirs), duel.tokens_per_second):
-            speeds[entry.variant in OURS].setdefault(entry, []).append(speed)
-    ours, theirs = (max(side, key=lambda entry, side=side: statistics.median(side[entry])) for side in (speeds[True], speeds[False]))
+def best_pair(arena: Arena, duels: list[Duel], speeds: dict[Entry, float]) -> Duel:
+    """The fastest of ours against the fastest of theirs in the survey, measured against each other."""
+    ours, theirs = (max((e for e in speeds if (e.variant in OURS) == mine), key=speeds.get) for mine in (True, False))
     known = [d for d in duels if (d.ours, d.theirs) == (ours, theirs)]
     if not known:
         say("  best against best:")
@@ -187,7 +190,8 @@ def print_profile(arena: Arena, entry: Entry) -> None:
 def say_duel(duel: Duel) -> None:
     low, middle, high = duel.ratio
     ours, theirs = duel.tokens_per_second
-    say(f"  {duel.theirs!s:<42} {theirs:>9,.0f} {ours:>7,.0f} ({duel.ours.micro:>2})   {middle:.2f} [{low:.2f} {high:.2f}]")
+    beside = f"{duel.ours.variant.precision} ({duel.ours.micro}) {ours:,.0f}"
+    say(f"  {duel.theirs!s:<42} {theirs:>9,.0f} {beside:>19}   {middle:.2f} [{low:.2f} {high:.2f}]")
 
 
 def say(text: str, end: str = "\n") -> None:
