@@ -29,6 +29,7 @@ def _facts(s: Summary, total: int) -> list[str]:
     return [
         f"trained   {s.name}: {s.steps} of {total} steps, {units.count(s.tokens)} tokens in {units.duration(s.seconds)}",
         f"loss      {s.loss_first:.3f} -> {s.loss_last:.3f}{evaluated}",
-        f"speed     {units.count(s.tokens_per_second)} tokens/s, MFU {units.percent(s.mfu)}, on {s.world_size} ranks ({s.layout}), {s.device}",
+        f"speed     {units.count(s.tokens_per_second)} tokens/s, MFU {units.percent(s.mfu)}",
+        f"on        {s.world_size} x {s.device}: {s.layout}",
         f"cost      {units.money(s.dollars)}",
     ]

@@ -20,7 +20,7 @@ from ..conf.schema import Config, ConfigError
 from ..parallel.phases import MicroBatch
 from ..parallel.zero import Chunk
 from . import cost, metrics
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, find_latest
 from .data import open_corpus
 from .engine import IGNORED, Engine, StepResult, learning_rate
 from .metrics import StepRecord, Summary
@@ -87,16 +87,17 @@ class _Session:
     # ------------------------------------------------------------ start and end
 
     def _find_start(self) -> Path | None:
-        """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names, else none."""
+        """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it)."""
         resume, found = self.config.checkpoint.resume, self.checkpointer.latest()
         if found and resume == "never":
             rule = f"{found} is there; to begin anew, choose another `name` or remove the folder"
             raise ConfigError("checkpoint.resume", "never", rule, "auto")
         if found or resume in ("auto", "never"):
             return found
-        if not Path(resume).is_dir():
-            raise ConfigError("checkpoint.resume", resume, "must be auto, never or an existing checkpoint folder", "auto")
-        return Path(resume)
+        named = find_latest(Path(resume) / "checkpoints") or Path(resume)
+        if not named.is_dir():
+            raise ConfigError("checkpoint.resume", resume, "must be auto, never, or an existing checkpoint or run directory", "auto")
+        return named
 
     def _restore(self, start: Path | None) -> Progress:
         if start is None:

@@ -5,7 +5,6 @@ The oracle is the same engine in one process, which `tests/train/test_engine.py`
 
 import pytest
 import torch
-
 from shoestring.conf.compose import load
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.phases import MicroBatch

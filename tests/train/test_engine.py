@@ -1,6 +1,7 @@
 """Whole optimizer steps of one process against `transformers`, torch's AdamW and `clip_grad_norm_`; the learning-rate shape."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_learning_rate():
     o = load(["optim.lr=1e-2", "optim.final_lr=1e-3", "optim.warmup_steps=4", "optim.constant_steps=6", "train.steps=30"]).optim
     rates = [learning_rate(o, step, 30) for step in range(30)]
     assert rates[:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2]) and rates[4:10] == [1e-2] * 6
-    assert all(a >= b - 1e-12 for a, b in zip(rates[9:], rates[10:])) and rates[-1] == pytest.approx(1e-3)
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[9:])) and rates[-1] == pytest.approx(1e-3)
     assert rates[10 + 10] == pytest.approx(1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * 10 / 19)))
     longer = load(["optim.lr=1e-2", "optim.warmup_steps=4", "optim.decay_steps=10", "train.steps=30"]).optim
     assert learning_rate(longer, 13, 30) > longer.final_lr == learning_rate(longer, 14, 30) == learning_rate(longer, 29, 30)

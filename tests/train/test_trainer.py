@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-
 from shoestring.conf.compose import load, load_saved
 from shoestring.conf.schema import ConfigError
 from shoestring.launch.local import RankFailed, fork_ranks
@@ -170,6 +169,6 @@ def test_another_run_in_the_directory_is_refused(words, change, message):
 
 
 def test_resume_path_that_is_not_there(words):
-    with pytest.raises(RankFailed, match="must be auto, never or an existing checkpoint folder"):
+    with pytest.raises(RankFailed, match="must be auto, never, or an existing checkpoint or run directory"):
         session(words("new", "checkpoint.resume=/no/such/folder"))
     assert issubclass(ConfigError, ValueError)
