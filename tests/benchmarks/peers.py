@@ -44,7 +44,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        shown = [self.library, self.precision, self.experts, *self.words, "compiled" if self.compiled else ""]
+        more = (word for word in self.words if not (self.compiled and word == "launch.compile=true"))
+        shown = [self.library, self.precision, self.experts, *more, "compiled" if self.compiled else ""]
         return " ".join(word for word in shown if word)
 
 

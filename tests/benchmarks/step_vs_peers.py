@@ -26,7 +26,11 @@ from shoestring.train.cost import num_params
 from torch.profiler import ProfilerActivity, profile
 
 PRECISIONS = ("fp32", "bf16")
-OURS = [Variant(library="shoestring", precision=p) for p in PRECISIONS]  # the first of each precision is what peers meet
+OURS = [  # the first of each precision is what everyone meets
+    Variant(library="shoestring", precision=p, compiled=compiled, words=("launch.compile=true",) if compiled else ())
+    for compiled in (False, True)
+    for p in PRECISIONS
+]
 TRANSFORMERS = [
     Variant(library="transformers", precision=p, experts=experts, compiled=compiled)
     for compiled in (False, True)
@@ -148,7 +152,7 @@ def survey(arena: Arena, ours: list[Variant], peers: list[Variant], splits: list
     """Everyone, our other variants too, against the plain Shoestring of the same precision. Returns the duels, and everyone's speed
     relative to the first: a product of ratios, since tokens/s of different minutes do not compare."""
     duels, speeds, first = [], {}, None
-    say(f"  {'variant':<42} {'tokens/s':>9} {'beside shoestring':>19}   ratio")
+    say(f"  {'variant':<42} {'tokens/s':>9} {'beside shoestring':>26}   ratio")
     for precision in PRECISIONS:
         (plain, *more), others = [[v for v in side if v.precision == precision] for side in (ours, peers)]
         if not others:
@@ -190,8 +194,8 @@ def print_profile(arena: Arena, entry: Entry) -> None:
 def say_duel(duel: Duel) -> None:
     low, middle, high = duel.ratio
     ours, theirs = duel.tokens_per_second
-    beside = f"{duel.ours.variant.precision} ({duel.ours.micro}) {ours:,.0f}"
-    say(f"  {duel.theirs!s:<42} {theirs:>9,.0f} {beside:>19}   {middle:.2f} [{low:.2f} {high:.2f}]")
+    beside = f"{str(duel.ours).removeprefix('shoestring ')} {ours:,.0f}"
+    say(f"  {duel.theirs!s:<42} {theirs:>9,.0f} {beside:>26}   {middle:.2f} [{low:.2f} {high:.2f}]")
 
 
 def say(text: str, end: str = "\n") -> None:
