@@ -57,7 +57,7 @@ def test_cfg_prints_the_resolved_configuration_and_runs_nothing(calls, capsys):
         (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"skip_mtp": False}),
         (["report", "runs/a"], "shoestring.launch.report:write_report", (Path("runs/a"),), {}),
         (["data", "build", "experiment=tiny", "--shard", "1", "--num-shards", "4", "data.workers=1"], "shoestring.train.data:build",
-         (load(["experiment=tiny", "data.workers=1"]).data,), {"vocab_size": 2048, "shard": 1, "num_shards": 4}),
+         (load(["experiment=tiny", "data.workers=1"]).data,), {"vocab_size": 512, "shard": 1, "num_shards": 4}),
     ],
 )  # fmt: skip
 def test_the_other_commands(calls, words, target, args, kwargs):

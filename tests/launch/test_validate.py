@@ -20,7 +20,7 @@ OWNERS = [
     ("data=synthetic data.sources.synthetic.num_documents=0", "data.sources.synthetic.num_documents", "positive"),
     ("data.tokenizer.kind=file", "data.tokenizer.path", "tokenizer.json"),
     ("model.vocab_size=100", "model.vocab_size", "every byte"),
-    ("data.tokenizer.vocab_size=5000", "data.tokenizer.vocab_size", "2048"),
+    ("data.tokenizer.vocab_size=5000", "data.tokenizer.vocab_size", "512"),
 ]
 
 
