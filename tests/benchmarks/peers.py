@@ -26,9 +26,12 @@ SEQ_LEN, SEQUENCES = 256, 16  # of a global batch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # 6.1 M parameters. Every mechanism of DeepSeek-V3's blocks: q and kv latents, shared and routed experts, groups, sigmoid scores.
+# All sizes are given, so that measurements of different months compare.
 MODEL = [
-    "model.name=bench", "model.num_layers=5", "model.dim=192", "model.vocab_size=4096", "model.q_lora_rank=96",
-    "model.num_dense_layers=1", "model.dense_hidden_dim=512", "model.num_experts=16", "model.expert_hidden_dim=96", "model.top_k=4",
+    "model.name=bench", "model.num_layers=5", "model.dim=192", "model.vocab_size=4096", "model.max_seq_len=512", "model.num_heads=4",
+    "model.q_lora_rank=96", "model.kv_lora_rank=64", "model.qk_nope_head_dim=32", "model.qk_rope_head_dim=16", "model.v_head_dim=32",
+    "model.num_dense_layers=1", "model.dense_hidden_dim=512", "model.num_experts=16", "model.num_shared_experts=1", "model.top_k=4",
+    "model.expert_hidden_dim=96", "model.num_groups=4", "model.num_limited_groups=2", "model.route_scale=2.5", "model.init_std=0.02",
 ]  # fmt: skip
 
 
