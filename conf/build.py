@@ -23,10 +23,32 @@ def build(tree: Any) -> Config:
 
     Unknown keys and wrong types anywhere come before missing values: a key spelt wrongly is the likelier cause of both.
     """
-    config = _section(Config, tree, "")
+    phases = tree.get("phases") if isinstance(tree, dict) else None
+    if not isinstance(phases, dict):
+        config = _section(Config, tree, "")
+    else:
+        run = {name: value for name, value in tree.items() if name != "phases"}
+        config = _section(Config, run, "")
+        config.phases = {str(name): _phase(run, changes, f"phases.{name}") for name, changes in phases.items()}
     for key, hint in _walk(config):
         raise ConfigError(key, MISSING, f"must be given, for example {key}={'[A,B]' if hint == list[str] else 'VALUE'}")
     return config
+
+
+def _phase(run: dict, changes: Any, key: str) -> Config:
+    """The run with some of its fields changed: what a phase does not say is as it is in the run's own sections."""
+    if not isinstance(changes, dict):
+        raise ConfigError(key, changes, f"is a phase: give what it changes, such as {key}.train.tokens=VALUE")
+    if "phases" in changes:
+        raise ConfigError(f"{key}.phases", changes["phases"], "a phase has no phases of its own")
+    _section(Config, changes, key)  # first alone: what is wrong in the run's own sections is not to be blamed on the phase
+    return _section(Config, _overlaid(run, changes), key)
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: _overlaid(below.get(name), value) for name, value in above.items()}
 
 
 def is_known(key: str) -> bool:
@@ -64,7 +86,7 @@ def known_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
         elif typing.get_origin(hint) is dict:
             yield f"{prefix}{name}.*"
             item = typing.get_args(hint)[1]
-            if dataclasses.is_dataclass(item):
+            if dataclasses.is_dataclass(item) and item is not Config:  # a phase's keys are the run's: they are found there
                 yield from known_keys(item, f"{prefix}{name}.*.")
 
 

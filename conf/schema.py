@@ -13,7 +13,7 @@ from .errors import ConfigError, choose, closest, divisors
 
 __all__ = [
     "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "LaunchConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PrecisionConfig", "Section", "SourceConfig", "TokenizerConfig", "TrainConfig", "YarnConfig",
+    "ParallelConfig", "PrecisionConfig", "RampConfig", "Section", "SourceConfig", "TokenizerConfig", "TrainConfig", "YarnConfig",
     "choose", "closest", "divisors",
 ]  # fmt: skip
 
@@ -94,6 +94,9 @@ class ModelConfig(Section):
     num_limited_groups: int = 1  # a token may use experts of at most this many groups
     norm_topk: bool = True
     route_scale: float = 1.0
+    score_func: str = "sigmoid"  # sigmoid | softmax (DeepSeek-V2)
+    # multi-token prediction: blocks after the last that predict the tokens after the next one
+    mtp_depth: int = 0
     # the rest
     norm_eps: float = 1e-6
     init_std: float = 0.006
@@ -108,8 +111,14 @@ class ModelConfig(Section):
         return self.num_shared_experts * self.expert_hidden_dim
 
     @property
+    def num_blocks(self) -> int:
+        """Multi-token prediction's among them: block `num_layers + k` is its module k."""
+        return self.num_layers + self.mtp_depth
+
+    @property
     def num_moe_layers(self) -> int:
-        return self.num_layers - self.num_dense_layers
+        """Blocks with routing, from `num_dense_layers` on: a prediction module is like the last block."""
+        return self.num_blocks - self.num_dense_layers if self.num_dense_layers < self.num_layers else 0
 
 
 @dataclass(kw_only=True)
@@ -122,6 +131,7 @@ class ParallelConfig(Section):
     schedule: str = "1f1b"
     chunks: int = 1  # pipeline stages per rank (interleaved schedules)
     dispatcher: str = "auto"  # auto: `local` where ep is 1, `alltoall` elsewhere
+    placement_interval: int = 0  # steps between moves of experts to ranks of even load; 0: experts stay where they are
 
     @property
     def dp(self) -> int:
@@ -177,6 +187,7 @@ class DataConfig(Section):
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     seq_len: int = MISSING
+    fim_rate: float = 0.0  # share of training documents reordered as prefix, suffix, middle (fill in the middle)
     eval_fraction: float = 0.02  # of documents, held out by a hash of their text
     max_bad_fraction: float = 0.01  # quarantined documents above this share stop the run
     cache_dir: str = "~/.cache/shoestring"
@@ -185,29 +196,50 @@ class DataConfig(Section):
 
 @dataclass(kw_only=True)
 class OptimConfig(Section):
-    """AdamW, its learning-rate shape, and the router's balancing."""
+    """The update, its learning-rate shape, what is added to the loss, and the router's balancing. Steps count from the phase's first."""
 
     engine: str = "whole"  # whole | deepspeed
+    algorithm: str = "adamw"  # adamw | muon (matrices and experts; AdamW for embedding, head, gate and norms)
+    moments: str = "auto"  # of AdamW: fp32 | bf16 | auto (bf16 where weights are, under engine whole; fp32 elsewhere)
+    offload: bool = False  # masters and moments on the host, updated there
+    ema_decay: float = 0.0  # of an average of the weights, kept on the host; 0: none
     lr: float = MISSING
     final_lr: float = 0.0
-    warmup_steps: int = 0
-    constant_steps: int = 0  # at `lr`, after the warm-up; then a cosine to `final_lr`
-    decay_steps: int = 0  # 0: until the run's last step
+    warmup_steps: int = 0  # from 0
+    constant_steps: int = 0  # at `lr`, after the warm-up
+    decay: str = "cosine"  # then: cosine or linear to `final_lr`, or none
+    decay_steps: int = 0  # 0: until the last step
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; norms have none
     clip: float = 1.0
+    muon_momentum: float = 0.95
     bias_update_speed: float = 0.001
     sequence_balance_coef: float = 1e-4
     z_loss_coef: float = 0.0
+    mtp_weight: float = 0.3  # of multi-token prediction's mean loss over depths
+
+
+@dataclass(kw_only=True)
+class RampConfig(Section):
+    """Batch growing from `start_tokens` to `train.global_batch_tokens`, by `increment_tokens` at a time, over the first `tokens`."""
+
+    tokens: int = 0  # 0: no ramp
+    start_tokens: int = 0
+    increment_tokens: int = 0
 
 
 @dataclass(kw_only=True)
 class TrainConfig(Section):
+    """`tokens` and `steps` are a whole run's, or a phase's."""
+
     steps: int = MISSING
+    tokens: int = 0  # where given, this is the length, and `steps` follows from it
     global_batch_tokens: int = MISSING
+    ramp: RampConfig = field(default_factory=RampConfig)
     micro_batch_sequences: int = 1
+    recompute: list[str] = field(default_factory=list)  # in backward, instead of keeping: norm mla_up swiglu; or whole: attention experts
     seed: int = 0
     eval_interval: int = 0  # steps; 0: only at the end
     eval_sequences: int = 64
@@ -250,7 +282,8 @@ class LaunchConfig(Section):
 
 @dataclass(kw_only=True)
 class Config(Section):
-    """A whole run."""
+    """A whole run. `phases`: stretches of it, in order, each a complete configuration made from the run's by what it changes; a run
+    without any is one phase. `conf/phases.py` has their lengths and batches."""
 
     name: str = "run"
     run_dir: str = "runs/${name}"
@@ -263,12 +296,14 @@ class Config(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    phases: dict[str, "Config"] = field(default_factory=dict)
 
     @property
     def sequences_per_step(self) -> int:
+        """Of the full batch, after a ramp."""
         return self.train.global_batch_tokens // self.data.seq_len
 
     @property
     def num_micro_batches(self) -> int:
-        """Of each pipeline (data-parallel rank) in one optimizer step."""
+        """Of each pipeline (data-parallel rank) in one optimizer step of the full batch."""
         return self.sequences_per_step // (self.parallel.dp * self.train.micro_batch_sequences)
