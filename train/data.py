@@ -1,10 +1,10 @@
 """The corpus of a run: weighted sources, tokenised once, packed end to end, and read at any position of one seeded order.
 
-Sample i of a source is its tokens [i*S, i*S + S + 1): documents cross the borders of samples, and the last token of a sample is the
-first of the next. Which sample is read at which index is computed from (seed, phase, index) alone, so a run resumes at a number,
-on any world size. Fewer than S tokens at the end of a source are not used.
+Sample i of a source is its tokens [i*S, i*S + W): documents cross the borders of samples, and the tokens past the first S are those
+that the next sample begins with. Which sample is read at which index is computed from (seed, phase, index) alone, so a run resumes at
+a number, on any world size. Fewer than S tokens at the end of a source are not used.
 
-n samples   S sequence length
+n samples   S sequence length   W = S + 1 + extra tokens read per sample (extra: targets of multi-token prediction)
 """
 
 import contextlib
@@ -53,9 +53,9 @@ class SourceSummary:
 class Corpus:
     """All samples of a run, by index. Opened by `open_corpus`; reading needs no lock, so each rank has one of its own."""
 
-    def __init__(self, config: DataConfig, caches: list[SourceCache], tokenizer: Tokenizer, *, seed: int):
+    def __init__(self, config: DataConfig, caches: list[SourceCache], tokenizer: Tokenizer, *, seed: int, extra: int):
         self.tokenizer = tokenizer
-        self._seq_len, self._seed = config.seq_len, seed
+        self._seq_len, self._width, self._seed = config.seq_len, config.seq_len + 1 + extra, seed
         records = [_finished(cache) for cache in caches]
         self._names = [cache.source.name for cache in caches]
         self._train = [TokenStream(c, "train", [r.train_tokens for r in rs]) for c, rs in zip(caches, records)]
@@ -72,14 +72,15 @@ class Corpus:
             for name, share, rs, train, held in zip(self._names, shares, records, self._train, self._eval)
         )  # fmt: skip
         self._eval_ends = np.cumsum([s.eval_samples for s in self.sources])
+        self._bytes_of_id = tokenizer.bytes_of_id()
         self.num_train_tokens = sum(s.train_tokens for s in self.sources)
         self.num_eval_samples = int(self._eval_ends[-1])
         self.num_quarantined = sum(s.quarantined for s in self.sources)
         content = [[name, share, [r.sha256 for r in rs]] for name, share, rs in zip(self._names, shares, records)]
-        self.fingerprint = canonical_hash([FORMAT, seed, config.seq_len, tokenizer.fingerprint, content])
+        self.fingerprint = canonical_hash([FORMAT, seed, tokenizer.fingerprint, content])
 
     def train(self, indices: Sequence[int] | np.ndarray, phase: int = 0) -> Tensor:
-        """Samples at these indices of the training stream, (n, S + 1) int64: inputs are [:, :-1], targets [:, 1:].
+        """Samples at these indices of the training stream, (n, W) int64: inputs are [:, :S], targets [:, 1 : S + 1].
 
         An index past the samples of its source reads the next epoch, in another order. Raises IndexError on a negative one.
         """
@@ -94,21 +95,49 @@ class Corpus:
         return self._read(self._train, which, sample)
 
     def eval(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """Held-out samples, (n, S + 1) int64, in an order that no seed changes and that mixes the sources from the start.
+        """Held-out samples, (n, W) int64, a source's together and in an order that no seed changes: `eval_plan` has their indices.
 
         Raises IndexError unless all lie in [0, num_eval_samples).
         """
         indices = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         if not indices.size:
-            return torch.empty((0, self._seq_len + 1), dtype=torch.int64)
+            return torch.empty((0, self._width), dtype=torch.int64)
         if self.num_eval_samples == 0:
             raise IndexError("there are no held-out samples: raise data.eval_fraction, lower data.seq_len or set train.eval_interval=0")
-        sample = FeistelPermutation(self.num_eval_samples, "held-out")(indices)
-        which = np.searchsorted(self._eval_ends, sample, side="right")
-        return self._read(self._eval, which, sample - np.concatenate([[0], self._eval_ends])[which])
+        if indices.min() < 0 or indices.max() >= self.num_eval_samples:
+            raise IndexError(f"indices from {indices.min()} to {indices.max()} do not lie in [0, {self.num_eval_samples})")
+        which = np.searchsorted(self._eval_ends, indices, side="right")
+        sample = indices - np.concatenate([[0], self._eval_ends])[which]
+        for k in np.unique(which):
+            rows = which == k
+            sample[rows] = FeistelPermutation(self.sources[k].eval_samples, "held-out")(sample[rows])
+        return self._read(self._eval, which, sample)
+
+    def eval_plan(self, max_sequences: int) -> dict[str, range]:
+        """Indices for `eval` by source, at most `max_sequences` of them: equally many of each source as far as it has them.
+
+        A source without a held-out sample is not in it. The same on every rank, and at every step of a run.
+        """
+        available = {k: s.eval_samples for k, s in enumerate(self.sources) if s.eval_samples}
+        plan, room = {}, max_sequences
+        for i, k in enumerate(sorted(available, key=available.__getitem__)):  # the smallest first: what it lacks is left to the others
+            count = min(available[k], room // (len(available) - i))
+            first = int(self._eval_ends[k]) - available[k]
+            plan[k], room = range(first, first + count), room - count
+        return {self._names[k]: plan[k] for k in sorted(plan) if plan[k]}
+
+    def num_bytes(self, targets: Tensor) -> int | None:
+        """UTF-8 bytes of text that these target ids stand for, in a tensor of any shape; negative ones are none.
+
+        Bits per byte are the targets' summed loss / ln 2 / num_bytes. The end of a document and other special tokens are no bytes of text,
+        but their loss counts: where a text ends is part of it. None where the tokenizer's ids are no whole bytes.
+        """
+        if self._bytes_of_id is None:
+            return None
+        return int(self._bytes_of_id[targets[targets >= 0].cpu().numpy()].sum())
 
     def _read(self, streams: list[TokenStream], which: np.ndarray, sample: np.ndarray) -> Tensor:
-        out = np.empty((len(which), self._seq_len + 1), dtype=np.int64)
+        out = np.empty((len(which), self._width), dtype=np.int64)
         for row, k, i in zip(out, which.tolist(), sample.tolist()):
             streams[k].read(i * self._seq_len, row)
         if out.size and out.max() >= self.tokenizer.vocab_size:
@@ -119,7 +148,7 @@ class Corpus:
         return torch.from_numpy(out)
 
     def _num_samples(self, stream: TokenStream) -> int:
-        return max(0, (stream.num_tokens - 1) // self._seq_len)
+        return max(0, (stream.num_tokens - self._width) // self._seq_len + 1)
 
 
 def check(config: DataConfig, *, vocab_size: int) -> None:
@@ -141,23 +170,24 @@ def check(config: DataConfig, *, vocab_size: int) -> None:
         _check_vocab(MIN_BPE_VOCAB, vocab_size, "model.vocab_size")
 
 
-def open_corpus(config: DataConfig, *, vocab_size: int, seed: int, log: Callable[[str], None] = print) -> Corpus:
+def open_corpus(config: DataConfig, *, vocab_size: int, seed: int, extra: int = 0, log: Callable[[str], None] = print) -> Corpus:
     """The corpus, built first where its cache is not finished; every rank may call this at once, and they share the work.
 
-    `vocab_size` is the model's. Raises ConfigError where the tokenizer needs more, DataError where data is missing or unusable.
+    `vocab_size` is the model's; samples hold `extra` tokens more than S + 1. Raises ConfigError where the tokenizer needs more, DataError where data is missing or unusable.
     """
     tokenizer, caches = _prepare(config, vocab_size, log)
     with _explained_cache(config):
         for cache in caches:
             cache.build(workers=config.workers, log=log)
             _check_quarantine(cache, config)
-        corpus = Corpus(config, caches, tokenizer, seed=seed)
+        corpus = Corpus(config, caches, tokenizer, seed=seed, extra=extra)
     for summary in corpus.sources:
         if summary.train_samples == 0:
             raise DataError(f"data source {summary.name}: {summary.documents} documents, {summary.train_tokens} training tokens: too few "
-                            f"for a sample of data.seq_len + 1 = {config.seq_len + 1}; add documents or lower data.seq_len")  # fmt: skip
+                            f"for a sample of data.seq_len + {1 + extra} = {config.seq_len + 1 + extra}; "
+                            f"add documents or lower data.seq_len")  # fmt: skip
     if config.eval_fraction > 0 and corpus.num_eval_samples == 0:
-        log(f"no held-out sample: data.eval_fraction = {config.eval_fraction} of the documents is under {config.seq_len + 1} tokens")
+        log(f"no held-out sample: data.eval_fraction = {config.eval_fraction} of the documents is under {config.seq_len + 1 + extra} tokens")
     return corpus
 
 

@@ -52,6 +52,21 @@ class Tokenizer:
         """The text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def bytes_of_id(self) -> np.ndarray | None:
+        """UTF-8 bytes of text behind each id, (vocab_size,) int64, 0 for special tokens: a document's ids add up to its length in bytes.
+
+        None for a tokenizer whose ids are not bytes of the text (one that drops blanks, say). Where a tokenizer normalises text, the
+        bytes are those of the normalised text.
+        """
+        if not _is_byte_level(json.loads(self._saved)["decoder"]):
+            return None
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for spelling, i in self._backend.get_vocab(with_added_tokens=True).items():
+            sizes[i] = len(spelling)  # in the byte-level alphabet, a character is a byte
+        for i, token in self._backend.get_added_tokens_decoder().items():
+            sizes[i] = 0 if token.special else len(token.content.encode())
+        return sizes
+
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json that `tokenizers` and `transformers` load."""
         write_atomically(Path(path), self._saved)
@@ -115,6 +130,11 @@ def write_atomically(path: Path, text: str) -> None:
 def canonical_hash(value) -> str:
     """sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_byte_level(decoder: dict | None) -> bool:
+    steps = (decoder or {}).get("decoders", [decoder or {}])
+    return any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def _byte_spelling() -> dict[int, str]:
