@@ -22,7 +22,7 @@ from . import sources
 from .documents import DataError, Document, Piece, Source, read_hopefully
 from .shuffle import FeistelPermutation, Mixture
 from .token_cache import FORMAT, PieceRecord, SourceCache, TokenStream, held_out, locked
-from .tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, canonical_hash, load_tokenizer, train_bpe, write_atomically
+from .tokenizer import FIM_TOKENS, MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, canonical_hash, load_tokenizer, train_bpe, write_atomically
 
 __all__ = ["Corpus", "DataError", "Position", "SourceSummary", "Tokenizer", "build", "check", "open_corpus"]
 
@@ -157,23 +157,27 @@ def check(config: DataConfig, *, vocab_size: int) -> None:
         raise ConfigError("data.sources", "{}", "a run needs at least one source: data=stdlib, files, hf or synthetic")
     for name, source in config.sources.items():
         sources.check(name, source)
-    t = config.tokenizer
+    if not 0 <= config.fim_rate <= 1:
+        raise ConfigError("data.fim_rate", config.fim_rate, "is a share of the training documents", min(max(config.fim_rate, 0.0), 1.0))
+    t, smallest = config.tokenizer, MIN_BPE_VOCAB + (len(FIM_TOKENS) if config.fim_rate else 0)
     if t.kind == "file" and not t.path:
         raise ConfigError("data.tokenizer.path", "''", "a tokenizer of kind file needs the path of a tokenizer.json")
     if t.kind == "bpe":
         wanted = t.vocab_size or vocab_size
         name = "data.tokenizer.vocab_size" if t.vocab_size else "model.vocab_size"
-        if wanted < MIN_BPE_VOCAB:
-            raise ConfigError(name, wanted, "a byte-level BPE needs every byte and an end of document", MIN_BPE_VOCAB)
+        if wanted < smallest:
+            more = ", and data.fim_rate three ids more" if config.fim_rate else ""
+            raise ConfigError(name, wanted, f"a byte-level BPE needs every byte and an end of document{more}", smallest)
         _check_vocab(wanted, vocab_size, name)
     if t.kind == "bytes":
-        _check_vocab(MIN_BPE_VOCAB, vocab_size, "model.vocab_size")
+        _check_vocab(smallest, vocab_size, "model.vocab_size")
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int, seed: int, extra: int = 0, log: Callable[[str], None] = print) -> Corpus:
     """The corpus, built first where its cache is not finished; every rank may call this at once, and they share the work.
 
-    `vocab_size` is the model's; samples hold `extra` tokens more than S + 1. Raises ConfigError where the tokenizer needs more, DataError where data is missing or unusable.
+    `vocab_size` is the model's; samples hold `extra` tokens more than S + 1.
+    Raises ConfigError where the tokenizer needs more, DataError where data is missing or unusable.
     """
     tokenizer, caches = _prepare(config, vocab_size, log)
     with _explained_cache(config):
@@ -187,7 +191,9 @@ def open_corpus(config: DataConfig, *, vocab_size: int, seed: int, extra: int = 
                             f"for a sample of data.seq_len + {1 + extra} = {config.seq_len + 1 + extra}; "
                             f"add documents or lower data.seq_len")  # fmt: skip
     if config.eval_fraction > 0 and corpus.num_eval_samples == 0:
-        log(f"no held-out sample: data.eval_fraction = {config.eval_fraction} of the documents is under {config.seq_len + 1 + extra} tokens")
+        log(
+            f"no held-out sample: data.eval_fraction = {config.eval_fraction} of the documents is under {config.seq_len + 1 + extra} tokens"
+        )
     return corpus
 
 
@@ -217,7 +223,8 @@ def _prepare(config: DataConfig, vocab_size: int, log: Callable[[str], None]) ->
         divided = [(source, _divide(source, cache_dir, log)) for source in opened]
         tokenizer = _tokenizer(config, vocab_size, divided, cache_dir, log)
     _check_vocab(tokenizer.vocab_size, vocab_size, "model.vocab_size")
-    return tokenizer, [SourceCache(s, p, tokenizer, cache_dir=cache_dir, eval_fraction=config.eval_fraction) for s, p in divided]
+    shares = {"eval_fraction": config.eval_fraction, "fim_rate": config.fim_rate}
+    return tokenizer, [SourceCache(s, p, tokenizer, cache_dir=cache_dir, **shares) for s, p in divided]
 
 
 def _divide(source: Source, cache_dir: Path, log: Callable[[str], None]) -> list[Piece]:
@@ -232,20 +239,20 @@ def _divide(source: Source, cache_dir: Path, log: Callable[[str], None]) -> list
 
 
 def _tokenizer(config: DataConfig, vocab_size: int, divided, cache_dir: Path, log: Callable[[str], None]) -> Tokenizer:
-    t = config.tokenizer
+    t, with_fim = config.tokenizer, config.fim_rate > 0
     if t.kind == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer(fim=with_fim)
     if t.kind == "file":
-        return load_tokenizer(t.path, t.end_of_document)
+        return load_tokenizer(t.path, t.end_of_document, fim=with_fim)
     wanted = t.vocab_size or vocab_size
     sample = wanted * _BPE_SAMPLE_PER_ID
     key = canonical_hash([FORMAT, wanted, sample, config.eval_fraction, [[s.identity(), [p.to_json() for p in ps]] for s, ps in divided]])
-    path = cache_dir / "tokenizers" / f"bpe-{wanted}-{key[:20]}.json"
+    path = cache_dir / "tokenizers" / f"bpe-{wanted}{'-fim' if with_fim else ''}-{key[:20]}.json"
     if not path.exists():
         with locked(path.with_suffix(".lock"), wait=True, log=log):
             if not path.exists():
                 log(f"training a BPE tokenizer of {wanted} ids on {sample / 1e6:.1f} MB of the corpus")
-                train_bpe(_sample_texts(divided, sample, config.eval_fraction), wanted).save(path)
+                train_bpe(_sample_texts(divided, sample, config.eval_fraction), wanted, fim=with_fim).save(path)
     return load_tokenizer(path)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import fim
 from .documents import Bad, Document, Piece, Source, read_hopefully
 from .tokenizer import Tokenizer, canonical_hash, write_atomically
 
@@ -46,14 +47,17 @@ def held_out(text: str, eval_fraction: float) -> bool:
 
 
 class SourceCache:
-    """The tokens of one source under one tokenizer and held-out share."""
+    """The tokens of one source under one tokenizer, held-out share and rate of filling in the middle (which needs `tokenizer.fim_ids`)."""
 
-    def __init__(self, source: Source, pieces: list[Piece], tokenizer: Tokenizer, *, cache_dir: Path, eval_fraction: float):
+    def __init__(
+        self, source: Source, pieces: list[Piece], tokenizer: Tokenizer, *, cache_dir: Path, eval_fraction: float, fim_rate: float
+    ):
         self.source, self.pieces = source, pieces
-        self._tokenizer, self._eval_fraction = tokenizer, eval_fraction
+        self._tokenizer, self._eval_fraction, self._fim_rate = tokenizer, eval_fraction, fim_rate
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        key = canonical_hash([FORMAT, source.identity(), [p.to_json() for p in pieces], tokenizer.fingerprint, eval_fraction])
-        self.folder = cache_dir / "tokens" / f"{source.name}-{key[:20]}"
+        key = [FORMAT, source.identity(), [p.to_json() for p in pieces], tokenizer.fingerprint, eval_fraction]
+        key += [fim_rate] if fim_rate else []  # caches from before there was one keep their names
+        self.folder = cache_dir / "tokens" / f"{source.name}-{canonical_hash(key)[:20]}"
 
     def path(self, piece: int, what: str) -> Path:
         return self.folder / f"{piece:05d}.{what}"
@@ -122,13 +126,23 @@ class SourceCache:
         bad += [Bad(where=d.where, why=f"{len(d.text):,} characters in one document, over {MAX_DOCUMENT_LENGTH:,}: split it (sample_by)")
                 for d in batch if isinstance(d, Document) and len(d.text) > MAX_DOCUMENT_LENGTH]  # fmt: skip
         parts: tuple[list[bytes], list[bytes]] = ([], [])
-        for document, ids in zip(documents, self._tokenizer.encode_documents([d.text for d in documents]), strict=True):
-            if ids.size and ids.max() >= self._tokenizer.vocab_size:
+        for document in documents:
+            held = held_out(document.text, self._eval_fraction)
+            ids = self._ids(document.text, 0.0 if held else self._fim_rate)
+            if ids.max() >= self._tokenizer.vocab_size:
                 bad.append(Bad(where=document.where, why=f"token id {ids.max()} is outside the vocabulary of {self._tokenizer.vocab_size}"))
                 continue
-            data = np.append(ids, self._tokenizer.eod_id).astype(self.dtype).tobytes()
-            parts[held_out(document.text, self._eval_fraction)].append(data)
+            parts[held].append(ids.astype(self.dtype).tobytes())
         return _Encoded(train=b"".join(parts[0]), eval=b"".join(parts[1]), documents=len(parts[0]) + len(parts[1]), bad=bad)
+
+    def _ids(self, text: str, fim_rate: float) -> np.ndarray:
+        """Of a whole document, its end included."""
+        cut, end = fim.cut(text, fim_rate) if fim_rate else None, [self._tokenizer.eod_id]
+        if cut is None:
+            return np.concatenate([*self._tokenizer.encode_documents([text]), end])
+        prefix, middle, suffix = self._tokenizer.encode_documents(cut)
+        before_prefix, before_suffix, before_middle = self._tokenizer.fim_ids
+        return np.concatenate([[before_prefix], prefix, [before_suffix], suffix, [before_middle], middle, end])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,16 @@ from ..conf.schema import ConfigError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>")
-MIN_BPE_VOCAB = 257  # every byte, and the end of a document
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # what follows each: fill in the middle
+_KNOWN_FIM = (("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"), FIM_TOKENS, ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+MIN_BPE_VOCAB = 257  # every byte, and the end of a document; FIM_TOKENS come on top
 
 
 class Tokenizer:
-    """Ids of text. `vocab_size` is one more than the largest id it can give; `eod_id` follows each document of the corpus."""
+    """Ids of text. `vocab_size` is one more than the largest id it can give; `eod_id` follows each document of the corpus.
+
+    `fim_ids`: the ids that stand before the prefix, the suffix and the middle of a document to be filled in; None where it has none.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, end_of_document: str = END_OF_DOCUMENT):
         eod_id = backend.token_to_id(end_of_document)
@@ -33,6 +38,8 @@ class Tokenizer:
         self._backend = backend
         self.eod_id: int = eod_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        found = (tuple(backend.token_to_id(token) for token in spelling) for spelling in _KNOWN_FIM)
+        self.fim_ids: tuple[int, int, int] | None = next((ids for ids in found if None not in ids), None)
 
     @property
     def fingerprint(self) -> str:
@@ -73,37 +80,37 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0-255 are the bytes of the text's UTF-8, 256 is the end of a document."""
+    """Ids 0-255 are the bytes of the text's UTF-8, 256 is the end of a document; with `fim`, 257-259 are FIM_TOKENS."""
 
-    def __init__(self):
+    def __init__(self, *, fim: bool = False):
         spelling = _byte_spelling()
         backend = tokenizers.Tokenizer(models.BPE(vocab={spelling[b]: b for b in range(256)}, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([END_OF_DOCUMENT])
+        backend.add_special_tokens(_special_tokens(fim))
         super().__init__(backend)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids; the same texts in the same order give the same tokenizer."""
+def train_bpe(texts: Iterable[str], vocab_size: int, *, fim: bool = False) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` ids, with `fim` FIM_TOKENS among them; the same texts, in order, give the same tokenizer."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=_special_tokens(fim), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
 
 
-def load_tokenizer(path: str | Path, end_of_document: str = "") -> Tokenizer:
+def load_tokenizer(path: str | Path, end_of_document: str = "", *, fim: bool = False) -> Tokenizer:
     """The tokenizer of a tokenizer.json; `end_of_document` names its token, the usual spellings are tried if it is empty.
 
-    Raises ConfigError where the file cannot be read or has no such token.
+    Raises ConfigError where the file cannot be read or has no such token or, with `fim`, no tokens for filling in the middle.
     """
     path = Path(path).expanduser()
     try:
@@ -113,7 +120,12 @@ def load_tokenizer(path: str | Path, end_of_document: str = "") -> Tokenizer:
     candidates = (end_of_document,) if end_of_document else _KNOWN_ENDS
     for token in candidates:
         if backend.token_to_id(token) is not None:
-            return Tokenizer(backend, token)
+            tokenizer = Tokenizer(backend, token)
+            if fim and tokenizer.fim_ids is None:
+                spellings = "; ".join(" ".join(spelling) for spelling in _KNOWN_FIM)
+                raise ConfigError("data.tokenizer.path", str(path), f"data.fim_rate needs three tokens that it lacks, in one of these "
+                                  f"spellings: {spellings}; add them, or set data.fim_rate=0")  # fmt: skip
+            return tokenizer
     special = ", ".join(t.content for t in list(backend.get_added_tokens_decoder().values())[:8])
     raise ConfigError("data.tokenizer.end_of_document", end_of_document or "(empty)",
                       f"none of {', '.join(candidates)} is a token of {path}; its special tokens: {special or 'none'}")  # fmt: skip
@@ -130,6 +142,10 @@ def write_atomically(path: Path, text: str) -> None:
 def canonical_hash(value) -> str:
     """sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _special_tokens(fim: bool) -> list[str]:
+    return [END_OF_DOCUMENT, *FIM_TOKENS] if fim else [END_OF_DOCUMENT]
 
 
 def _is_byte_level(decoder: dict | None) -> bool:

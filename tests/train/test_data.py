@@ -1,5 +1,7 @@
 """The stream of samples against brute force: what is in it, in which order, at which shares, and that only its position matters."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,8 @@ def data_config(cache_dir, sources=None, **overrides) -> DataConfig:
     return DataConfig(sources=sources, **{**fields, **overrides})
 
 
-def open_quietly(config, vocab_size=512, seed=0) -> Corpus:
-    return open_corpus(config, vocab_size=vocab_size, seed=seed, log=lambda _: None)
+def open_quietly(config, vocab_size=512, seed=0, extra=0) -> Corpus:
+    return open_corpus(config, vocab_size=vocab_size, seed=seed, extra=extra, log=lambda _: None)
 
 
 def write_documents(folder, name, documents):
@@ -122,6 +124,50 @@ def test_any_world_size_resumes_at_any_position(corpus, start, count, world, lat
     assert together == sorted(rows(stream))
 
 
+@pytest.mark.parametrize("extra", [1, 3])
+def test_samples_with_extra_targets(tmp_path, documents, extra):
+    """For each extra token a sample goes on into the next ones; the last sample is there only if its extra tokens are."""
+    splits = ([], [])
+    for text in documents:
+        splits[held_out(text, 0.2)].extend([*text.encode(), EOD])
+    config = data_config(tmp_path / "c", {"t": write_documents(tmp_path / "text", "d", documents)}, seq_len=8)
+    corpus = open_quietly(config, extra=extra)
+    for tokens, read, count in (
+        (splits[0], corpus.train, corpus.sources[0].train_samples),
+        (splits[1], corpus.eval, corpus.num_eval_samples),
+    ):
+        wanted = [tuple(tokens[i : i + 9 + extra]) for i in range(0, len(tokens), 8) if i + 9 + extra <= len(tokens)]
+        assert count == len(wanted) and sorted(rows(read(range(count)))) == sorted(wanted)
+    assert corpus.train([]).shape == corpus.eval([]).shape == (0, 9 + extra)
+
+
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5), room=st.integers(0, 80))
+def test_evaluation_is_divided_fairly(sizes, room):
+    """Against one sequence at a time, dealt in turns to the sources that still have some."""
+    corpus = object.__new__(Corpus)
+    corpus.sources = [SimpleNamespace(eval_samples=n) for n in sizes]
+    corpus._names, corpus._eval_ends = [f"s{k}" for k in range(len(sizes))], np.cumsum(sizes)
+    plan = corpus.eval_plan(room)
+    counts = [len(plan.get(f"s{k}", ())) for k in range(len(sizes))]
+    assert sum(counts) == min(room, sum(sizes))
+    fullest = max(counts)
+    assert all(c == n or c >= fullest - 1 for c, n in zip(counts, sizes))  # who got fewer has no more
+    assert all(r.start == sum(sizes[: int(name[1:])]) and len(r) > 0 for name, r in plan.items())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_bytes_of_targets(tmp_path, documents, kind):
+    """All held-out targets of a single stream stand for the documents' bytes; ends of documents and ignored targets for none."""
+    source = write_documents(tmp_path / "text", "d", documents)
+    config = data_config(tmp_path / "c", {"t": source}, seq_len=1, tokenizer=TokenizerConfig(kind=kind))
+    corpus = open_quietly(config, vocab_size=300)
+    targets = corpus.eval(range(corpus.num_eval_samples))[:, 1:]
+    first = corpus.tokenizer.encode(next(d for d in documents if held_out(d, 0.2)))[0]  # never a target
+    whole = sum(len(d.encode()) for d in documents if held_out(d, 0.2))
+    assert corpus.num_bytes(targets) == whole - len(corpus.tokenizer.decode([first]).encode())
+    assert corpus.num_bytes(torch.tensor([[-100, corpus.tokenizer.eod_id], [-1, -100]])) == 0
+
+
 def test_seeds_and_phases_change_the_order_only(tmp_path):
     config = data_config(tmp_path)
     n = open_quietly(config).sources[0].train_samples
@@ -150,8 +196,10 @@ def test_mixture_of_sources(tmp_path):
     read = rows(samples[from_y])[: (1500 // epoch) * epoch]
     assert {read.count(r) for r in set(read)} == {1500 // epoch}  # whole epochs: every sample of `y` equally often
     assert len(set(rows(corpus.eval(range(corpus.num_eval_samples))))) == sum(s.eval_samples for s in corpus.sources)  # each once
-    first = corpus.eval(range(10))  # a short evaluation sees both sources
-    assert _letters(first, "vwxy").sum() and _letters(first, "abcd").sum()
+    for name, indices in corpus.eval_plan(10).items():
+        held = corpus.eval(indices)
+        alphabet, other = ("abcd", "vwxy") if name == "x" else ("vwxy", "abcd")
+        assert len(held) == 5 and _letters(held, alphabet).all() and not _letters(held, other).any()
 
 
 def _letters(samples, alphabet):
@@ -173,11 +221,12 @@ def test_fingerprint_tells_streams_apart(tmp_path):
     made = lambda weight: {"a": SourceConfig(kind="synthetic", num_documents=60, weight=weight),
                            "b": SourceConfig(kind="synthetic", num_documents=61)}  # fmt: skip
     different = [
-        fingerprint(), fingerprint(seed=1), fingerprint(seq_len=S + 1), fingerprint(eval_fraction=0.1), fingerprint(sources=made(1.0)),
+        fingerprint(), fingerprint(seed=1), fingerprint(fim_rate=0.5), fingerprint(eval_fraction=0.1), fingerprint(sources=made(1.0)),
         fingerprint(sources=made(2.0)), fingerprint(tokenizer=TokenizerConfig(kind="bpe", vocab_size=300)),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
-    assert fingerprint() == fingerprint(folder=tmp_path / "elsewhere", workers=1)  # neither place nor speed is part of it
+    # neither place nor speed is part of it, nor how the stream is cut: the phases of a run may differ in that
+    assert fingerprint() == fingerprint(folder=tmp_path / "elsewhere", workers=1) == fingerprint(seq_len=S + 1)
 
 
 def test_content_decides_not_where_it_lies(tmp_path, documents):

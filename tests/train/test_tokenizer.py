@@ -73,6 +73,25 @@ def test_bpe_merges_and_keeps_to_its_size(bpe):
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0]) / 2
 
 
+@given(text=texts)
+@settings(max_examples=200)
+def test_bytes_of_ids_add_up(bpe, text):
+    assert sum(bpe.bytes_of_id()[bpe.encode(text)]) == len(text.encode())
+
+
+def test_bytes_of_special_and_added_tokens(tmp_path, bpe):
+    """A special token is no text; an added word that is not special is, and is spelt as it reads."""
+    backend = tokenizers.Tokenizer.from_str(bpe._saved)
+    backend.add_tokens(["größer"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    ids = tokenizer.encode("viel größer als")
+    assert max(ids) == tokenizer.vocab_size - 1  # the added word is in use
+    assert sum(tokenizer.bytes_of_id()[ids]) == len("viel größer als".encode())
+    assert tokenizer.bytes_of_id()[tokenizer.eod_id] == 0
+    assert ByteTokenizer().bytes_of_id().tolist() == [1] * 256 + [0]
+
+
 def test_any_tokenizer_file(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -86,6 +105,7 @@ def test_any_tokenizer_file(tmp_path):
         load_tokenizer(tmp_path / "special.json", "<end>")
     tokenizer = load_tokenizer(tmp_path / "special.json", "<stop>")
     assert (tokenizer.encode("a b a b zzz"), tokenizer.eod_id, tokenizer.vocab_size) == ([0, 1, 0, 1, 2], 3, 4)
+    assert tokenizer.bytes_of_id() is None  # its ids say nothing of the blanks
 
 
 def test_unreadable_tokenizer_files(tmp_path):
