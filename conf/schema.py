@@ -111,6 +111,11 @@ class ModelConfig(Section):
         return self.num_shared_experts * self.expert_hidden_dim
 
     @property
+    def embeds_at_head(self) -> bool:
+        """Whether the last pipeline stage needs the embedding."""
+        return self.tie_embeddings or self.mtp_depth > 0
+
+    @property
     def num_blocks(self) -> int:
         """Multi-token prediction's among them: block `num_layers + k` is its module k."""
         return self.num_layers + self.mtp_depth

@@ -1,6 +1,6 @@
 """Tokens to the ranks that hold their experts, and back.
 
-A dispatcher answers three questions about one micro-batch's choice of experts: `route` starts finding out how many rows go where,
+A dispatcher answers three questions about one micro-batch's choice of experts: `start` begins to find out how many rows go where,
 `to_experts` sends copies of the tokens, `to_tokens` brings rows back and adds each token's copies. Each of the two exchanges is the
 backward of the other. `Dispatch` and `Combine` are the executor's phases over them.
 
@@ -34,7 +34,7 @@ def check(config: Config) -> None:
 
 @dataclass(kw_only=True)
 class Routing:
-    """One micro-batch's choice of experts and, once known, its row maps. Backward uses the same maps again.
+    """One micro-batch's choice of experts and, once its dispatcher knows them, its row maps. Backward uses the same maps again.
 
     row_of_TK     (T, K)  row in the send buffer (alltoall) or in R (local) that holds token t's k-th copy
     row_of_M      (M,)    row in R of each received copy, which comes sorted by sender, then expert
@@ -42,8 +42,8 @@ class Routing:
     """
 
     expert_TK: Tensor
-    sent_E: Tensor  # this rank's copies per expert
-    losses: dict[str, Tensor] = field(default_factory=dict)  # the router's, detached: for the record
+    sums: dict[str, Tensor] = field(default_factory=dict)  # the router's losses and the like over tokens, detached: for the record
+    sent_E: Tensor | None = None  # this rank's copies per expert
     groups: RowGroups | None = None
     row_of_TK: Tensor | None = None
     row_of_M: Tensor | None = None
@@ -56,7 +56,9 @@ class Routing:
 
 
 class Dispatcher(Protocol):
-    def route(self, expert_TK: Tensor) -> Routing: ...
+    def start(self, r: Routing) -> None:
+        """Count, and begin to exchange the counts."""
+        ...
 
     def wait_counts(self, r: Routing) -> None: ...
 
@@ -99,9 +101,8 @@ class LocalDispatcher:
     def __init__(self, *, num_experts: int, align: int):
         self.num_experts, self.align = num_experts, align
 
-    def route(self, expert_TK: Tensor) -> Routing:
-        flat_N = expert_TK.flatten()
-        return Routing(expert_TK=expert_TK, sent_E=torch.bincount(flat_N, minlength=self.num_experts))
+    def start(self, r: Routing) -> None:
+        r.sent_E = torch.bincount(r.expert_TK.flatten(), minlength=self.num_experts)
 
     def wait_counts(self, r: Routing) -> None:
         sizes = r.sent_E.tolist()
@@ -137,15 +138,14 @@ class AllToAllDispatcher:
         self.num_experts, self.align, self.groups = num_experts, align, groups
         self.ep = groups["F"].size()
 
-    def route(self, expert_TK: Tensor) -> Routing:
-        flat_N = expert_TK.flatten()
-        sent_E = torch.bincount(flat_N, minlength=self.num_experts)
-        r = Routing(expert_TK=expert_TK, sent_E=sent_E, received_E=torch.empty_like(sent_E))
-        r.counts_work = dist.all_to_all_single(r.received_E, sent_E, group=self.groups["F"], async_op=True)
+    def start(self, r: Routing) -> None:
+        flat_N = r.expert_TK.flatten()
+        r.sent_E = torch.bincount(flat_N, minlength=self.num_experts)
+        r.received_E = torch.empty_like(r.sent_E)
+        r.counts_work = dist.all_to_all_single(r.received_E, r.sent_E, group=self.groups["F"], async_op=True)
         r.order_N = flat_N.argsort(stable=True)
         row_of_N = torch.empty_like(r.order_N).index_copy_(0, r.order_N, torch.arange(len(flat_N), device=flat_N.device))
-        r.row_of_TK = row_of_N.view_as(expert_TK)
-        return r
+        r.row_of_TK = row_of_N.view_as(r.expert_TK)
 
     def wait_counts(self, r: Routing) -> None:
         """Only now does the host know the sizes."""
@@ -205,6 +205,7 @@ def _detach(rows_NC: Tensor, width: int, weight_dtype: torch.dtype | None) -> tu
 
 class Dispatch:
     """h, u, weight_TK, r -> h, u, rows_RD, weight_R, r. `u` also goes as it is to the shared expert: its two gradients meet here.
+    `carried` values (losses so far) pass by.
 
     `observe(routing)` is called once per counted micro-batch: here, and not in the router, so that recompute cannot count twice.
     """
@@ -214,17 +215,17 @@ class Dispatch:
     def __init__(self, dispatcher: Dispatcher, observe: Callable[[Routing], None]):
         self.dispatcher, self.observe = dispatcher, observe
 
-    def forward(self, saved: list | None, batch: MicroBatch, h_TD, u_TD, weight_TK, r) -> Pending:
+    def forward(self, saved: list | None, batch: MicroBatch, h_TD, u_TD, weight_TK, r, *carried) -> Pending:
         if batch.counted:
             self.observe(r)
         if saved is not None:
             saved.append(r)
         self.dispatcher.wait_counts(r)
-        return self.dispatcher.to_experts(u_TD, weight_TK, r, "F").then(lambda rows, weight: (h_TD, u_TD, rows, weight, r))
+        return self.dispatcher.to_experts(u_TD, weight_TK, r, "F").then(lambda rows, weight: (h_TD, u_TD, rows, weight, r, *carried))
 
-    def backward(self, saved: list, grad_h, grad_u, grad_RD, grad_R, _) -> Pending:
+    def backward(self, saved: list, grad_h, grad_u, grad_RD, grad_R, _, *carried) -> Pending:
         return self.dispatcher.to_tokens(grad_RD, grad_R, saved.pop(), "B").then(
-            lambda grad_TD, grad_TK: (grad_h, grad_TD if grad_u is None else grad_u + grad_TD, grad_TK, None)
+            lambda grad_TD, grad_TK: (grad_h, grad_TD if grad_u is None else grad_u + grad_TD, grad_TK, None, *carried)
         )
 
 
@@ -236,10 +237,10 @@ class Combine:
     def __init__(self, dispatcher: Dispatcher):
         self.dispatcher = dispatcher
 
-    def forward(self, saved: list | None, batch: MicroBatch, y_TD, rows_RD, r) -> Pending:
+    def forward(self, saved: list | None, batch: MicroBatch, y_TD, rows_RD, r, *carried) -> Pending:
         if saved is not None:
             saved.append(r)
-        return self.dispatcher.to_tokens(rows_RD, None, r, "F").then(lambda x_TD, _: (y_TD + x_TD,))
+        return self.dispatcher.to_tokens(rows_RD, None, r, "F").then(lambda x_TD, _: (y_TD + x_TD, *carried))
 
-    def backward(self, saved: list, grad_TD) -> Pending:
-        return self.dispatcher.to_experts(grad_TD, None, saved.pop(), "B").then(lambda rows_RD, _: (grad_TD, rows_RD, None))
+    def backward(self, saved: list, grad_TD, *carried) -> Pending:
+        return self.dispatcher.to_experts(grad_TD, None, saved.pop(), "B").then(lambda rows_RD, _: (grad_TD, rows_RD, None, *carried))

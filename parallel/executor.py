@@ -20,24 +20,33 @@ from .schedule import Action, Op
 
 
 class Executor:
-    """`stages[s]`: the phases of each stage held here; `actions`: this rank's list; `boundary(T)`: an empty (T, D) to receive into."""
+    """`stages[s]`: the phases of each stage held here; `actions(M)`: this rank's list for M micro-batches; `boundary(T)`: an empty (T, D)
+    to receive into; `loss_weights`: of each loss in the last phase's output, for backward."""
 
     def __init__(
-        self, *, stages: dict[int, list], mesh: Mesh, actions: Sequence[Action], store: WeightGradStore, boundary: Callable[[int], Tensor]
+        self,
+        *,
+        stages: dict[int, list],
+        mesh: Mesh,
+        actions: Callable[[int], Sequence[Action]],
+        store: WeightGradStore,
+        boundary: Callable[[int], Tensor],
+        loss_weights: Tensor,
     ):
-        self.stages, self.mesh, self.actions, self.store, self.boundary = stages, mesh, actions, store, boundary
+        self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
+        self.boundary, self.loss_weights = boundary, loss_weights
         self.num_stages = len(mesh.placement)
 
     @torch.no_grad()
     def step(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Every micro-batch forward and backward, into the weights' `main_grad`. Returns this rank's sum of the last phase's outputs
-        (the scaled losses; FP64, zero where this rank does not hold the last stage)."""
-        return self._run(self.actions, batches, training=True)
+        """Every micro-batch forward and backward, into the weights' `main_grad`. Returns this rank's sums of the last phase's outputs
+        (the scaled losses, unweighted; FP64, zero where this rank does not hold the last stage)."""
+        return self._run(self.actions(len(batches)), batches, training=True)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """The same sum, forward only. `batches` as many as in `step`."""
-        forward = [kept for action in self.actions if (kept := tuple(op for op in action if op.kind == "F"))]
+        """The same sums, forward only."""
+        forward = [kept for action in self.actions(len(batches)) if (kept := tuple(op for op in action if op.kind == "F"))]
         return self._run(forward, batches, training=False)
 
     def _run(self, actions: Sequence[Action], batches: Sequence[MicroBatch], training: bool) -> Tensor:
@@ -60,7 +69,7 @@ class _Step:
 
     def __init__(self, executor: Executor, batches: Sequence[MicroBatch], training: bool):
         self.executor, self.mesh, self.batches, self.training = executor, executor.mesh, batches, training
-        self.loss: Any = 0.0
+        self.losses = torch.zeros_like(executor.loss_weights, dtype=torch.float64)
         self.inbox: dict[Op, Pending] = {}  # F: a stage's input; B: the gradient of its output
         self.saved: dict[tuple[int, int], list] = {}
         self.deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
@@ -77,7 +86,7 @@ class _Step:
         left = [name for name in ("inbox", "saved", "deferred") if getattr(self, name)]
         left += ["weight gradients"] * bool(len(self.executor.store))
         assert not left, f"the action list ended with work left over: {left}"
-        return torch.as_tensor(self.loss, dtype=torch.float64)
+        return self.losses
 
     def _forward(self, op: Op) -> Iterator[None]:
         batch, key = self.batches[op.micro_batch], (op.stage, op.micro_batch)
@@ -94,10 +103,10 @@ class _Step:
         if op.stage < self.executor.num_stages - 1:
             self._hand_over("F", op, op.stage + 1, out)
         else:
-            self.loss = self.loss + out.double()
+            self.losses += out
             if self.training:
-                one = torch.ones_like(out)
-                self.inbox[Op("B", *key)] = Pending(work=None, finish=lambda: (one,))
+                weights = self.executor.loss_weights.to(out.dtype)
+                self.inbox[Op("B", *key)] = Pending(work=None, finish=lambda: (weights,))
 
     def _backward(self, op: Op) -> Iterator[None]:
         key = (op.stage, op.micro_batch)

@@ -36,7 +36,7 @@ class Mesh:
     ep: dict[str, dist.ProcessGroup]  # token exchange, one per direction
     flows: dict[Flow, dist.ProcessGroup]  # pipeline sends
     legs: list[int]  # of the boundary between stages s and s + 1
-    tied: dist.ProcessGroup | None  # replicas of a tied embedding: dp ranks of the first and of the last stage
+    embed: dist.ProcessGroup | None  # replicas of an embedding on both ends: dp ranks of the first and of the last stage
 
     @property
     def dp_rank(self) -> int:
@@ -51,7 +51,7 @@ class Mesh:
         return self.column[self.placement[other]], self.flows[kind, self.legs[min(stage, other)]]
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, rank: int, *, tied: bool = False) -> "Mesh":
+    def create(cls, parallel: ParallelConfig, rank: int, *, embeds_at_head: bool = False) -> "Mesh":
         """Collective: all ranks of an initialised torch.distributed world of size pp x edp x ep call it."""
         p = parallel
         assert dist.get_world_size() == p.world_size
@@ -83,7 +83,7 @@ class Mesh:
             expert=mine([[at(s, d, e) for d in range(p.edp)] for s in range(p.pp) for e in range(p.ep)]),
             ep={direction: mine(ep_ranks) for direction in "FB"} if p.ep > 1 else {},
             flows={(kind, leg): mine(columns) for kind in "FB" for leg in sorted(set(legs))},
-            tied=mine([dp_ranks[first] + dp_ranks[last]]) if tied and first != last else None,
+            embed=mine([dp_ranks[first] + dp_ranks[last]]) if embeds_at_head and first != last else None,
         )
 
 

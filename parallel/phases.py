@@ -13,17 +13,34 @@ import torch
 from torch import Tensor
 
 
+IGNORED = -100  # a target that has no loss
+
+
 @dataclass(kw_only=True)
 class MicroBatch:
-    """The tokens of one forward: inputs (B, S) and next tokens (B, S), both int64. `counted`: routing statistics are kept (training)."""
+    """The tokens of one forward, int64: inputs (B, S), and what follows each (B, S) or, for multi-token prediction, (B, S + depth).
+
+    `counted`: routing statistics are kept (training).
+    """
 
     tokens_BS: Tensor
-    targets_BS: Tensor
+    targets_BN: Tensor
     counted: bool = True
 
     @property
     def num_tokens(self) -> int:
         return self.tokens_BS.numel()
+
+    def ahead(self, places: int) -> Tensor:
+        """(B, S): the token that many places after each input, 1 being the next; IGNORED where the batch does not reach."""
+        seq_len = self.tokens_BS.shape[1]
+        part = self.targets_BN[:, places - 1 : places - 1 + seq_len]
+        return torch.nn.functional.pad(part, (0, seq_len - part.shape[1]), value=IGNORED)
+
+    @property
+    def num_targets(self) -> int:
+        """Next tokens that count."""
+        return int((self.ahead(1) != IGNORED).sum())
 
 
 @dataclass(kw_only=True)
@@ -57,23 +74,31 @@ class CommunicationPhase(Protocol):
 
 
 class ComputePhase:
-    """`compute(batch, *values) -> tuple`, with gradients to every floating-point value."""
+    """`compute(batch, *values) -> tuple`, with gradients to every floating-point value. It may run twice: it has no side effects.
 
-    def __init__(self, name: str, compute: Callable[..., tuple]):
-        self.name, self.compute = name, compute
+    `recompute`: only the inputs are kept, and backward computes again. `after(*outputs)`: once per forward, whatever is recomputed.
+    """
+
+    def __init__(
+        self, name: str, compute: Callable[..., tuple], *, recompute: bool = False, after: Callable[..., None] = lambda *outputs: None
+    ):
+        self.name, self.compute, self.recompute, self.after = name, compute, recompute, after
 
     def forward(self, saved: list | None, batch: MicroBatch, *values) -> tuple:
-        if saved is None:
-            with torch.no_grad():
-                return self.compute(batch, *values)
         leaves = tuple(v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v for v in values)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(saved is not None and not self.recompute):
             outputs = self.compute(batch, *leaves)
-        saved.append((leaves, outputs))
-        return tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+        if saved is not None:
+            saved.append((batch, leaves, None if self.recompute else outputs))
+        outputs = tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
+        self.after(*outputs)
+        return outputs
 
     def backward(self, saved: list, *grads) -> tuple:
-        leaves, outputs = saved.pop()
+        batch, leaves, outputs = saved.pop()
+        if outputs is None:
+            with torch.enable_grad():
+                outputs = self.compute(batch, *leaves)
         pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
         if pairs:
             torch.autograd.backward(*zip(*pairs))

@@ -48,13 +48,21 @@ class BlockParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamCount:
-    """Parameters of a model, by kind and by block. A tied head is the embedding and counts once in `total`."""
+    """Parameters of a model, by kind and by block. A tied head is the embedding and counts once in `total`.
+
+    Modules of multi-token prediction serve training: they are in `trained`, and in nothing else here.
+    """
 
     embedding: int
     head: int  # 0 where tied
     final_norm: int
     active_head: int  # the product with the vocabulary happens whether or not its matrix is tied
     blocks: tuple[BlockParams, ...]
+    predictions: tuple[BlockParams, ...] = ()  # `merge` counts as attention, three more norms as norms
+
+    @property
+    def trained(self) -> int:
+        return self.total + sum(b.total for b in self.predictions)
 
     @property
     def attention(self) -> int:
@@ -95,11 +103,12 @@ def num_params(model: ModelConfig) -> ParamCount:
     return ParamCount(
         embedding=table, head=0 if model.tie_embeddings else table, active_head=table, final_norm=model.dim,
         blocks=tuple(block_params(model, layer) for layer in range(model.num_layers)),
+        predictions=tuple(block_params(model, layer) for layer in range(model.num_layers, model.num_blocks)),
     )  # fmt: skip
 
 
 def block_params(model: ModelConfig, layer: int) -> BlockParams:
-    """Of block `layer` (0-based); the first `num_dense_layers` have no routing."""
+    """Of block `layer` (0-based); the first `num_dense_layers` have no routing, those from `num_layers` on predict further tokens."""
     m = model
     attention = (
         (m.dim * m.q_lora_rank + m.q_lora_rank * m.num_heads * m.qk_head_dim if m.q_lora_rank else m.dim * m.num_heads * m.qk_head_dim)
@@ -107,16 +116,16 @@ def block_params(model: ModelConfig, layer: int) -> BlockParams:
         + m.kv_lora_rank * m.num_heads * (m.qk_nope_head_dim + m.v_head_dim)
         + m.num_heads * m.v_head_dim * m.dim
     )
-    routed = layer >= m.num_dense_layers
+    routed, predicts = m.num_moe_layers > 0 and layer >= m.num_dense_layers, layer >= m.num_layers
     expert = 3 * m.dim * m.expert_hidden_dim  # gate, up, down
     return BlockParams(
-        attention=attention,
+        attention=attention + (2 * m.dim * m.dim if predicts else 0),
         dense_mlp=0 if routed else 3 * m.dim * m.dense_hidden_dim,
         router=m.num_experts * m.dim if routed else 0,
         experts=m.num_experts * expert if routed else 0,
         active_experts=m.top_k * expert if routed else 0,
         shared=3 * m.dim * m.shared_hidden_dim if routed else 0,
-        norms=2 * m.dim + m.q_lora_rank + m.kv_lora_rank,
+        norms=(5 if predicts else 2) * m.dim + m.q_lora_rank + m.kv_lora_rank,
     )
 
 
@@ -145,10 +154,11 @@ class TokenFlops:
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> TokenFlops:
-    """Of training one token in a sequence of `seq_len`, head included, embedding look-up, norms and activations not."""
+    """Of training one token in a sequence of `seq_len`: head and multi-token prediction (its block and its use of the head) included,
+    embedding look-up, norms and activations not."""
     params = num_params(model)
-    matrices = params.active_head + sum(b.active_matrices for b in params.blocks)
-    return TokenFlops(matrices=2 * matrices, attention=model.num_layers * attention_flops(model, seq_len))
+    matrices = (1 + model.mtp_depth) * params.active_head + sum(b.active_matrices for b in (*params.blocks, *params.predictions))
+    return TokenFlops(matrices=2 * matrices, attention=model.num_blocks * attention_flops(model, seq_len))
 
 
 def attention_flops(model: ModelConfig, seq_len: int) -> float:
@@ -168,6 +178,12 @@ def block_costs(model: ModelConfig, seq_len: int) -> list[float]:
     """Forward FLOPs per token of each block: what the stage balancer divides. See `head_cost` for the last stage's extra."""
     core = attention_flops(model, seq_len)
     return [2 * block_params(model, layer).active_matrices + core for layer in range(model.num_layers)]
+
+
+def prediction_cost(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token of multi-token prediction: what the last stage has beside its blocks and the head."""
+    blocks = sum(2 * b.active_matrices for b in num_params(model).predictions)
+    return blocks + model.mtp_depth * (attention_flops(model, seq_len) + head_cost(model))
 
 
 def embedding_cost(model: ModelConfig) -> float:
@@ -197,11 +213,13 @@ class StateBytes:
 
 
 def rank_params(model: ModelConfig, parallel: ParallelConfig, *, layers, embedding: bool, head: bool) -> tuple[int, int]:
-    """(dense, expert) parameters of a rank that holds the blocks `layers` and, where said, the embedding and the head."""
+    """(dense, expert) parameters of a rank that holds the blocks `layers` (those that predict further tokens go with the head) and,
+    where said, the embedding and the head."""
     blocks = [block_params(model, layer) for layer in layers]
     table = model.vocab_size * model.dim
-    # A tied table that lies on two stages is held by both.
-    tables = (embedding + head) if not (model.tie_embeddings and embedding and head) else 1
+    # The last stage has the embedding too where the head is tied to it or more tokens are predicted, but once if it is the first.
+    embeds, heads = embedding or (head and model.embeds_at_head), head and not model.tie_embeddings
+    tables = embeds + heads
     dense = sum(b.dense for b in blocks) + tables * table + (model.dim if head else 0)
     return dense, sum(b.experts for b in blocks) // parallel.ep
 

@@ -4,6 +4,7 @@ The step reads as the recipe does: run every micro-batch, sum gradients over rep
 move the routers' biases. The loop around it (data, checkpoints, records) is `train/trainer.py`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,26 +20,27 @@ from ..parallel.dispatch import make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
 from ..parallel.optimizer import make_optimizer
-from ..parallel.phases import MicroBatch
-from ..parallel.schedule import SCHEDULES, split_layers, validate
+from ..parallel.phases import IGNORED, MicroBatch
+from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
 from ..parallel.zero import AdamW, Chunk, Spec
 from . import cost
 from .model import DTYPES, Stage, is_expert, materialise, named_weights
 from .moe import Balance
 
-IGNORED = -100  # a target that has no loss
-
+ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """The job's step, equal on all ranks. Loads: (MoE layers, experts), int64, of the global batch."""
 
     loss: float  # mean over tokens
+    mtp_losses: list[float]  # of each prediction module, likewise, before their weight
     tokens: int
     grad_norm: float
     clip_coef: float
     balance_loss: float  # as added to the loss: coefficient included, summed over layers
     z_loss: float
+    router_entropy: float  # of the normalised scores, nats, mean over tokens and layers; 0 where there is no router
     loads: Tensor
     bias_norm: float
     flags: Tensor  # sums over ranks of the caller's `flags`
@@ -49,7 +51,7 @@ class Engine:
 
     def __init__(self, config: Config, device: torch.device | str = "cpu"):
         self.config, self.device = config, torch.device(device)
-        self.mesh = Mesh.create(config.parallel, dist.get_rank(), tied=config.model.tie_embeddings)
+        self.mesh = Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
         self.ops = Ops(compiled=config.launch.compile)
         self.stages = self._build_stages()
@@ -85,33 +87,41 @@ class Engine:
                     dtype=self.dtype,
                     dispatcher=dispatcher,
                     ops=self.ops,
-                    shared_embed=stages[0].embed if is_last and c.model.tie_embeddings and 0 in stages else None,
+                    recompute=c.train.recompute,
+                    shared_embed=stages[0].embed if is_last and c.model.embeds_at_head and 0 in stages else None,
                 )
             materialise(stages[index], seed=c.train.seed, ep_rank=mesh.ep_rank, device=self.device)
         return stages
 
     def _specs(self) -> list[Spec]:
-        """Each parameter with its replica group: experts over edp, a tied embedding over two stages, the rest over dp."""
+        """Each parameter with its replica group: experts over edp, an embedding on both ends over two stages, the rest over dp."""
         mesh, specs = self.mesh, []
         for stage, name, param in named_weights(self.stages):
             group, numel, offset = mesh.dense, param.numel(), 0
             if is_expert(name):
                 group, numel, offset = mesh.expert, param.numel() * mesh.parallel.ep, param.numel() * mesh.ep_rank
-            elif name == "embed" and mesh.tied is not None and mesh.pp_rank in (mesh.placement[0], mesh.placement[-1]):
-                group = mesh.tied
+            elif name == "embed" and mesh.embed is not None and mesh.pp_rank in (mesh.placement[0], mesh.placement[-1]):
+                group = mesh.embed
             specs.append(Spec(name=name, param=param, group=group, numel=numel, offset=offset, stage=stage, decay=param.dim() > 1))
         return specs
 
     def _build_executor(self) -> Executor:
         c, mesh = self.config, self.mesh
-        lists = SCHEDULES[c.parallel.schedule].actions(c.parallel.pp, c.parallel.chunks, c.num_micro_batches)
-        validate(lists, mesh.placement, c.num_micro_batches)
+
+        @functools.cache
+        def actions(num_micro_batches: int) -> list[Action]:
+            lists = SCHEDULES[c.parallel.schedule].actions(c.parallel.pp, c.parallel.chunks, num_micro_batches)
+            validate(lists, mesh.placement, num_micro_batches)
+            return lists[mesh.pp_rank]
+
+        depth = c.model.mtp_depth
         return Executor(
             stages={index: stage.phases for index, stage in self.stages.items()},
             mesh=mesh,
-            actions=lists[mesh.pp_rank],
+            actions=actions,
             store=self.ops.store,
             boundary=lambda num_tokens: torch.empty(num_tokens, c.model.dim, dtype=self.dtype, device=self.device),
+            loss_weights=torch.tensor([1.0] + [c.optim.mtp_weight / max(1, depth)] * depth, dtype=torch.float64, device=self.device),
         )
 
     @property
@@ -126,62 +136,64 @@ class Engine:
     # ------------------------------------------------------------ one step
 
     def train_step(self, batches: Sequence[MicroBatch], lr: float, flags: Tensor | None = None) -> StepResult:
-        """This data-parallel rank's micro-batches, as many as the configuration says. Collective.
+        """This data-parallel rank's micro-batches, as many on every rank. Collective.
 
         `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts. Raises FloatingPointError, on all ranks and before any
         weight changes, if the gradient norm is not finite.
         """
-        loss = self.executor.step(batches)
+        losses = self.executor.step(batches)
         self.optimizer.reduce()
-        totals = self._reduce_counts(loss, batches, flags)
+        totals = self._reduce_counts(losses, batches, flags)
         # Gradients are of sums over nominal_tokens; this makes them the mean over the tokens that the step really had.
         norm = self.optimizer.norm(self.nominal_tokens / totals.tokens)
         if not math.isfinite(norm.item()):
-            raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.loss_sum / totals.tokens}): no weight was changed")
+            raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
-        c = self.config.optim
+        c, routed = self.config.optim, totals.tokens * max(1, self.config.model.num_moe_layers)
         return StepResult(
-            loss=totals.loss_sum / totals.tokens,
+            loss=totals.losses[0] / totals.tokens,
+            mtp_losses=[loss / totals.tokens for loss in totals.losses[1:]],
             tokens=totals.tokens,
             grad_norm=norm.item(),
             clip_coef=coefficient.item(),
             balance_loss=c.sequence_balance_coef * totals.router_sums[0] / totals.tokens,
             z_loss=c.z_loss_coef * totals.router_sums[1] / totals.tokens,
+            router_entropy=totals.router_sums[2] / routed,
             loads=totals.loads,
             bias_norm=self.biases.double().norm().item(),
             flags=totals.flags,
         )
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """(summed loss, tokens) over all ranks; targets that are IGNORED do not count. Collective."""
-        loss = self.executor.evaluate(batches) * self.nominal_tokens
-        tokens = sum(int((b.targets_BS != IGNORED).sum()) for b in batches) if self.holds_head else 0
-        totals = torch.stack([loss, torch.tensor(float(tokens), dtype=torch.float64, device=loss.device)]).to(self.device)
+        """(summed loss of the next token, tokens) over all ranks; targets that are IGNORED do not count. Collective."""
+        losses = self.executor.evaluate(batches) * self.nominal_tokens
+        tokens = sum(b.num_targets for b in batches) if self.holds_head else 0
+        totals = torch.stack([losses[0], torch.tensor(float(tokens), dtype=torch.float64, device=losses.device)]).to(self.device)
         dist.all_reduce(totals)
         return totals[0].item(), int(totals[1].item())
 
-    def _reduce_counts(self, loss: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
+    def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""
         m = self.config.model
         flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags
-        head = torch.zeros(4, dtype=torch.float64)
-        if self.holds_head:
-            head[0] = loss.item() * self.nominal_tokens
-            head[1] = sum(int((b.targets_BS != IGNORED).sum()) for b in batches)
+        losses = losses.cpu() * self.nominal_tokens
+        tokens = torch.tensor([sum(b.num_targets for b in batches) if self.holds_head else 0], dtype=torch.float64)
+        router_sums = torch.zeros(len(ROUTER_SUMS), dtype=torch.float64)
         loads = torch.zeros(m.num_moe_layers, m.num_experts, dtype=torch.float64)
         for stage in self.stages.values():
             for layer, stats in stage.stats.items():
                 load_E, sums = stats.take()
                 loads[layer - m.num_dense_layers] = load_E.double()
-                head[2:] += torch.stack([sums[name].double().cpu() for name in ("balance", "z")]) if sums else 0
-        packed = torch.cat([head, flags, loads.flatten()]).to(self.device)
+                router_sums += torch.stack([sums[name].double().cpu() for name in ROUTER_SUMS]) if sums else 0
+        parts = [losses, tokens, router_sums, flags, loads.flatten()]
+        packed = torch.cat(parts).to(self.device)
         dist.all_reduce(packed)
-        head, flags, loads = packed.cpu().split([4, len(flags), loads.numel()])
+        losses, tokens, router_sums, flags, loads = packed.cpu().split([len(part) for part in parts])
         return _Totals(
-            loss_sum=head[0].item(),
-            tokens=int(head[1].item()),
-            router_sums=head[2:].tolist(),
+            losses=losses.tolist(),
+            tokens=int(tokens.item()),
+            router_sums=router_sums.tolist(),
             flags=flags,
             loads=loads.to(torch.int64).view(m.num_moe_layers, m.num_experts),
         )
@@ -219,7 +231,7 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class _Totals:
-    loss_sum: float
+    losses: list[float]
     tokens: int
     router_sums: list[float]
     flags: Tensor
@@ -227,10 +239,11 @@ class _Totals:
 
 
 def stage_layers(config: Config) -> list[range]:
-    """The blocks of each pipeline stage, shared out by cost."""
-    m, p = config.model, config.parallel
-    costs = cost.block_costs(m, config.data.seq_len)
-    return split_layers(costs, p.num_stages, first=cost.embedding_cost(m), last=cost.head_cost(m))
+    """The blocks of each pipeline stage, shared out by cost; those of multi-token prediction are on the last, with the head."""
+    m, p, costs = config.model, config.parallel, cost.block_costs(config.model, config.data.seq_len)
+    last = cost.head_cost(m) + cost.prediction_cost(m, config.data.seq_len)
+    *stages, end = split_layers(costs, p.num_stages, first=cost.embedding_cost(m), last=last)
+    return [*stages, range(end.start, m.num_blocks)]
 
 
 def _hyper(o: OptimConfig) -> AdamW:

@@ -1,13 +1,14 @@
 """The DeepSeek-V3-shaped decoder, cut into pipeline stages, each a list of phases for the executor.
 
 A block is four phases: attention (which ends with the router's choice), dispatch, experts, combine. A dense block has the same four,
-with nothing to exchange. Parameters carry global names (`layers.3.attn.out`), the same under every layout.
+with nothing to exchange. The head is a phase too; after it come the modules of multi-token prediction (DeepSeek-V3 §2.2), each a block
+between two more phases. Parameters carry global names (`layers.3.attn.out`), the same under every layout.
 
-T = B * S tokens   D model dim   V vocabulary   R rows after dispatch
+T = B * S tokens   D model dim   V vocabulary   R rows after dispatch   L losses: the next token's, then each prediction module's
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..conf.schema import ModelConfig
 from ..kernels.grouped import row_alignment
 from ..kernels.ops import Ops
 from ..kernels.weight_grad import WeightGradStore, fold_into_main_grad
-from ..parallel.dispatch import Combine, Dispatch, Dispatcher, Routing, make_dispatcher
+from ..parallel.dispatch import Combine, Dispatch, Dispatcher, make_dispatcher
 from ..parallel.phases import ComputePhase, EmptyPhase, MicroBatch
 from .attention import Attention
 from .moe import MLP, Balance, Experts, Router, RouterStats
@@ -30,7 +31,7 @@ class Block(nn.Module):
 
     def __init__(self, m: ModelConfig, layer: int, *, ep: int, balance: Balance, dtype: torch.dtype):
         super().__init__()
-        self.m, self.is_moe = m, layer >= m.num_dense_layers
+        self.m, self.is_moe = m, m.num_moe_layers > 0 and layer >= m.num_dense_layers
         self.attn_norm, self.mlp_norm = (nn.Parameter(torch.empty(m.dim, dtype=dtype)) for _ in range(2))
         self.attn = Attention(m, dtype)
         if self.is_moe:
@@ -47,8 +48,29 @@ class Block(nn.Module):
         return h_TD, ops.rms_norm(h_TD, self.mlp_norm, self.m.norm_eps)
 
 
+class PredictionBlock(Block):
+    """Module k of multi-token prediction, block `num_layers + k`: sees what the head before it read, and the token that was to be told.
+
+    Embedding and output head are the model's. `merge` has the embedding's half first, as released.
+    """
+
+    def __init__(self, m: ModelConfig, layer: int, *, ep: int, balance: Balance, dtype: torch.dtype):
+        super().__init__(m, layer, ep=ep, balance=balance, dtype=dtype)
+        self.depth = layer - m.num_layers + 1  # tokens further ahead than the main head's
+        self.embed_norm, self.hidden_norm, self.head_norm = (nn.Parameter(torch.empty(m.dim, dtype=dtype)) for _ in range(3))
+        self.merge = nn.Parameter(torch.empty(m.dim, 2 * m.dim, dtype=dtype))
+
+    def enter(self, unit_TD: Tensor, known_TD: Tensor, ops: Ops) -> Tensor:
+        """The head's input and the next token's embedding, each normed, into the block's input."""
+        known, seen = ops.rms_norm(known_TD, self.embed_norm, self.m.norm_eps), ops.rms_norm(unit_TD, self.hidden_norm, self.m.norm_eps)
+        return ops.linear(torch.cat([known, seen], 1), self.merge)
+
+
 class Stage(nn.Module):
-    """Blocks `layers` of the model, with the embedding before them on the first stage and the head after them on the last."""
+    """Blocks `layers` of the model, with the embedding before them on the first stage and the head after them on the last.
+
+    The last stage also has the modules of multi-token prediction, and then a copy of the embedding.
+    """
 
     def __init__(
         self,
@@ -62,18 +84,20 @@ class Stage(nn.Module):
         dtype: torch.dtype,
         dispatcher: Dispatcher,
         ops: Ops,
+        recompute: Sequence[str] = (),
         shared_embed: nn.Parameter | None = None,
     ):
         """Parameters are allocated on the current default device (build under `torch.device("meta")`, then `materialise`).
 
-        `shared_embed`: the embedding of a first stage on the same rank, for a tied head.
+        `shared_embed`: the embedding of a first stage on the same rank, for a last stage that needs it.
         """
         super().__init__()
         self.m, self.dtype, self.dispatcher, self.ops, self.balance = m, dtype, dispatcher, ops, balance
-        self.is_first, self.is_last = is_first, is_last
-        if is_first or (is_last and m.tie_embeddings):
+        self.is_first, self.is_last, self.recompute = is_first, is_last, recompute
+        if is_first or (is_last and m.embeds_at_head):
             self.embed = shared_embed if shared_embed is not None else nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
-        self.layers = nn.ModuleDict({str(i): Block(m, i, ep=ep, balance=balance, dtype=dtype) for i in layers})
+        kind = lambda i: Block if i < m.num_layers else PredictionBlock
+        self.layers = nn.ModuleDict({str(i): kind(i)(m, i, ep=ep, balance=balance, dtype=dtype) for i in layers})
         if is_last:
             self.norm = nn.Parameter(torch.empty(m.dim, dtype=dtype))
             if not m.tie_embeddings:
@@ -103,53 +127,83 @@ class Stage(nn.Module):
     def _make_phases(self) -> list:
         phases = [ComputePhase("embed", self._embed)] if self.is_first else []
         for layer, block in self.layers.items():
-            if block.is_moe:
-                self.stats[int(layer)] = stats = RouterStats(load_E=torch.zeros(self.m.num_experts, dtype=torch.int64, device="cpu"))
+            if int(layer) < self.m.num_layers:
+                phases += self._block(int(layer), block)
+        self.num_trunk_phases = len(phases)
+        if self.is_last:
+            phases.append(ComputePhase("head", self._head))
+            for block in (b for b in self.layers.values() if isinstance(b, PredictionBlock)):
                 phases += [
-                    ComputePhase("attention", self._attend_and_route(block)),
-                    Dispatch(self.dispatcher, stats.observe),
-                    ComputePhase("experts", self._experts(block)),
-                    Combine(self.dispatcher),
+                    ComputePhase("predict", self._enter(block)),
+                    *self._block(self.m.num_layers + block.depth - 1, block),
+                    ComputePhase("head", self._prediction_head(block)),
                 ]
-            else:
-                phases += [
-                    ComputePhase("attention", self._attend(block)),
-                    EmptyPhase("dispatch"),
-                    ComputePhase("mlp", self._mlp(block)),
-                    EmptyPhase("combine"),
-                ]
-        return [*phases, ComputePhase("head", self._loss)] if self.is_last else phases
+            phases.append(ComputePhase("losses", lambda batch, unit_TD, loss_L: (loss_L,)))
+        return phases
+
+    def _block(self, layer: int, block: Block) -> list:
+        attention, experts = (name in self.recompute for name in ("attention", "experts"))
+        if not block.is_moe:
+            return [
+                ComputePhase("attention", self._attend(block), recompute=attention),
+                EmptyPhase("dispatch"),
+                ComputePhase("mlp", self._mlp(block), recompute=experts),
+                EmptyPhase("combine"),
+            ]
+        self.stats[layer] = stats = RouterStats(load_E=torch.zeros(self.m.num_experts, dtype=torch.int64, device="cpu"))
+        start = lambda h_TD, u_TD, weight_TK, r, *carried: self.dispatcher.start(r)
+        return [
+            ComputePhase("attention", self._attend_and_route(block), recompute=attention, after=start),
+            Dispatch(self.dispatcher, stats.observe),
+            ComputePhase("experts", self._experts(block), recompute=experts),
+            Combine(self.dispatcher),
+        ]
 
     def _embed(self, batch: MicroBatch, tokens_BS: Tensor) -> tuple[Tensor]:
         return (self.ops.embedding(tokens_BS.flatten(), self.embed),)
 
     def _attend(self, block: Block):
-        return lambda batch, x_TD: block.attend(x_TD, self.turns(batch), self.ops)
+        return lambda batch, x_TD, *carried: (*block.attend(x_TD, self.turns(batch), self.ops), *carried)
 
     def _attend_and_route(self, block: Block):
-        def compute(batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
+        def compute(batch: MicroBatch, x_TD: Tensor, *carried: Tensor) -> tuple:
             h_TD, u_TD = block.attend(x_TD, self.turns(batch), self.ops)
-            weight_TK, expert_TK, losses = block.router(u_TD, batch.tokens_BS.shape[1], self.ops)
-            routing = self.dispatcher.route(expert_TK)
-            routing.losses = losses
-            return h_TD, u_TD, weight_TK, routing
+            return h_TD, u_TD, *block.router(u_TD, batch.tokens_BS.shape[1], self.ops), *carried
 
         return compute
 
     def _experts(self, block: Block):
-        def compute(batch: MicroBatch, h_TD, u_TD, rows_RD, weight_R, r) -> tuple[Tensor, Tensor, Routing]:
+        def compute(batch: MicroBatch, h_TD, u_TD, rows_RD, weight_R, r, *carried) -> tuple:
             y_TD = h_TD + block.shared(u_TD, self.ops) if self.m.num_shared_experts else h_TD
-            return y_TD, block.experts(rows_RD, weight_R, r.groups, self.ops), r
+            return y_TD, block.experts(rows_RD, weight_R, r.groups, self.ops), r, *carried
 
         return compute
 
     def _mlp(self, block: Block):
-        return lambda batch, h_TD, u_TD: (h_TD + block.mlp(u_TD, self.ops),)
+        return lambda batch, h_TD, u_TD, *carried: (h_TD + block.mlp(u_TD, self.ops), *carried)
 
-    def _loss(self, batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor]:
-        """Summed token loss times `balance.token_weight`: gradients of a healthy size, whatever the global batch."""
+    def _head(self, batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> what the head reads (T, D), and its loss (1,)."""
         unit_TD = self.ops.rms_norm(x_TD, self.norm, self.m.norm_eps)
-        return (self.ops.cross_entropy(unit_TD, self.head_weight, batch.targets_BS.flatten(), self.balance.token_weight),)
+        return unit_TD, self._loss(unit_TD, batch.ahead(1))
+
+    def _enter(self, block: PredictionBlock):
+        def compute(batch: MicroBatch, unit_TD: Tensor, loss_L: Tensor) -> tuple[Tensor, Tensor]:
+            known_TD = self.ops.embedding(batch.ahead(block.depth).clamp(min=0).flatten(), self.embed)  # IGNORED is no token
+            return block.enter(unit_TD, known_TD, self.ops), loss_L
+
+        return compute
+
+    def _prediction_head(self, block: PredictionBlock):
+        def compute(batch: MicroBatch, x_TD: Tensor, loss_L: Tensor) -> tuple[Tensor, Tensor]:
+            unit_TD = self.ops.rms_norm(x_TD, block.head_norm, self.m.norm_eps)
+            return unit_TD, torch.cat([loss_L, self._loss(unit_TD, batch.ahead(1 + block.depth))])
+
+        return compute
+
+    def _loss(self, unit_TD: Tensor, target_BS: Tensor) -> Tensor:
+        """(1,): summed token loss times `balance.token_weight`: gradients of a healthy size, whatever the global batch."""
+        return self.ops.cross_entropy(unit_TD, self.head_weight, target_BS.flatten(), self.balance.token_weight)[None]
 
     def turns(self, batch: MicroBatch) -> Tensor:
         seq_len, device = batch.tokens_BS.shape[1], batch.tokens_BS.device
@@ -207,7 +261,7 @@ class CausalLM(nn.Module):
         self.m = m
         self.stage = Stage(
             m,
-            layers=range(m.num_layers),
+            layers=range(m.num_blocks),
             is_first=True,
             is_last=True,
             ep=1,
@@ -221,8 +275,8 @@ class CausalLM(nn.Module):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         if tokens_BS.dim() != 2 or tokens_BS.shape[1] > self.m.max_seq_len:
             raise ValueError(f"tokens of shape {tuple(tokens_BS.shape)}: want (batch, length up to max_seq_len = {self.m.max_seq_len})")
-        batch, values = MicroBatch(tokens_BS=tokens_BS, targets_BS=tokens_BS, counted=False), (tokens_BS,)
-        for phase in self.stage.phases[:-1]:
+        batch, values = MicroBatch(tokens_BS=tokens_BS, targets_BN=tokens_BS, counted=False), (tokens_BS,)
+        for phase in self.stage.phases[: self.stage.num_trunk_phases]:
             out = phase.forward(None, batch, *values)
             values = out if isinstance(phase, ComputePhase) else out.wait()
         return self.stage.logits(values[0]).view(*tokens_BS.shape, -1)

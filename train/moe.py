@@ -48,8 +48,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
         self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, u_TD: Tensor, seq_len: int, ops: Ops) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(T, D) -> weight_TK (FP32 or wider, differentiable), expert_TK (int64), the detached losses by name."""
+    def forward(self, u_TD: Tensor, seq_len: int, ops: Ops) -> tuple[Tensor, Routing]:
+        """(T, D) -> weight_TK (FP32 or wider, differentiable), and the choice of experts with its sums over tokens, for the record."""
         logits_TE = _gate(u_TD, self.weight, ops)
         score_TE = logits_TE.sigmoid()
         expert_TK = self.select(score_TE.detach())
@@ -59,10 +59,11 @@ class Router(nn.Module):
         weight_TK = weight_TK * self.m.route_scale
         balance = sequence_balance_loss(score_TE, expert_TK, seq_len)
         z = logits_TE.logsumexp(1).square().sum()
-        b, num_tokens = self.balance, len(u_TD)
+        b = self.balance
         if torch.is_grad_enabled() and (b.sequence_coef or b.z_coef):
             weight_TK = _AttachLoss.apply(weight_TK, b.token_weight * (b.sequence_coef * balance * seq_len + b.z_coef * z))
-        return weight_TK, expert_TK, {"balance": balance.detach() * seq_len, "z": z.detach(), "tokens": z.new_tensor(num_tokens)}
+        sums = {"balance": balance.detach() * seq_len, "z": z.detach(), "entropy": entropy(score_TE.detach()).sum()}
+        return weight_TK, Routing(expert_TK=expert_TK, sums=sums)
 
     def select(self, score_TE: Tensor) -> Tensor:
         """Top-k of score + bias, from the `num_limited_groups` groups whose two best experts add up highest."""
@@ -94,6 +95,12 @@ def sequence_balance_loss(score_TE: Tensor, expert_TK: Tensor, seq_len: int) -> 
     return (chosen_BE * (num_experts / (top_k * seq_len)) * share_BE).sum()
 
 
+def entropy(score_TE: Tensor) -> Tensor:
+    """(T,) of the normalised scores, nats: 0 where one expert has all, log E where they are equal."""
+    share_TE = score_TE / score_TE.sum(1, keepdim=True)
+    return -torch.xlogy(share_TE, share_TE).sum(1)
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward: a dense block's, or the shared experts' (which are one wider MLP)."""
 
@@ -121,14 +128,14 @@ class Experts(nn.Module):
 
 @dataclass(kw_only=True)
 class RouterStats:
-    """What one MoE layer's router did since the last `take`: copies per expert on this rank, and sums of its losses over tokens."""
+    """What one MoE layer's router did since the last `take`: copies per expert on this rank, and sums over tokens (`Routing.sums`)."""
 
     load_E: Tensor  # int64
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def observe(self, r: Routing) -> None:
         self.load_E += r.sent_E
-        for name, value in r.losses.items():
+        for name, value in r.sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def take(self) -> tuple[Tensor, dict[str, Tensor]]:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..conf.compose import to_yaml
 from ..conf.schema import Config, ConfigError
-from ..parallel.phases import MicroBatch
+from ..parallel.phases import IGNORED, MicroBatch
 from ..parallel.zero import Chunk
 from . import cost, metrics
 from .checkpoint import Checkpointer, find_latest
 from .data import open_corpus
-from .engine import IGNORED, Engine, StepResult, learning_rate
+from .engine import Engine, StepResult, learning_rate
 from .metrics import StepRecord, Summary
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 
@@ -268,7 +268,7 @@ def _micro_batch(rows_BS1: Tensor, device: torch.device, counted: bool = True) -
     """(B, S + 1) consecutive tokens -> inputs and next tokens. An IGNORED target's own input is never looked at as a target."""
     rows = rows_BS1.to(device)
     tokens = rows[:, :-1].clamp(min=0).contiguous()  # IGNORED, where it stands in a row, is no token
-    return MicroBatch(tokens_BS=tokens, targets_BS=rows[:, 1:].contiguous(), counted=counted)
+    return MicroBatch(tokens_BS=tokens, targets_BN=rows[:, 1:].contiguous(), counted=counted)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -45,9 +45,9 @@ def job(overrides, routing):
     for number in range(STEPS):
         rows = torch.randint(m.vocab_size, (c.sequences_per_step, c.data.seq_len + 1), generator=torch.Generator().manual_seed(number))
         mine = [rows[(i * dp + engine.mesh.dp_rank) * size :][:size] for i in range(c.num_micro_batches)]
-        result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BS=r[:, 1:]) for r in mine], LR)
+        result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:]) for r in mine], LR)
         records.append((result.loss, result.grad_norm, result.clip_coef, result.balance_loss, result.z_loss, result.loads))
-    held = [MicroBatch(tokens_BS=r[:, :-1], targets_BS=r[:, 1:], counted=False) for r in mine]
+    held = [MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:], counted=False) for r in mine]
     loss, tokens = engine.evaluate(held)
     state = {name: (c.numel, c.offset, c.data.clone()) for name, c in engine.chunks(saving=True).items()}
     return records, gradients | state, loss / tokens

@@ -35,7 +35,7 @@ def ours():
         first[p.name] = source.detach().flatten()[p.offset : p.offset + p.numel].view(p.shape).clone()
     for step in range(STEPS):
         parts = rows_of(config, step).split(config.train.micro_batch_sequences)
-        result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BS=r[:, 1:]) for r in parts], LR)
+        result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:]) for r in parts], LR)
         records.append((result.loss, result.grad_norm, result.clip_coef, result.loads))
     last = {}
     for p in pieces(m, stacked=True):

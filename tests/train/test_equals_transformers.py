@@ -142,11 +142,12 @@ def step(folder, dtype: str, batches):
     executor = Executor(
         stages={0: stage.phases},
         mesh=Mesh.create(ParallelConfig(), 0),
-        actions=SCHEDULES["1f1b"].actions(1, 1, len(batches))[0],
+        actions=lambda num: SCHEDULES["1f1b"].actions(1, 1, num)[0],
         store=stage.store,
         boundary=lambda num_tokens: torch.empty(num_tokens, model.m.dim),
+        loss_weights=torch.ones(1),
     )
-    loss = executor.step([MicroBatch(tokens_BS=b[:, :-1], targets_BS=b[:, 1:]) for b in batches])
+    loss = executor.step([MicroBatch(tokens_BS=b[:, :-1], targets_BN=b[:, 1:]) for b in batches])
     return logits, loss, {name: p.main_grad for name, p in stage.named_parameters()}
 
 

@@ -83,7 +83,8 @@ def test_weights_come_from_scores_without_the_bias(norm_topk):
     made = router(m)
     made.bias.mul_(10)
     u = torch.randn(6, m.dim, dtype=torch.float64)
-    weight_TK, expert_TK, _ = made(u, 3, Ops())
+    weight_TK, routing = made(u, 3, Ops())
+    expert_TK = routing.expert_TK
     score = torch.sigmoid(u @ made.weight.T).gather(1, expert_TK)
     if norm_topk:
         score = score / score.sum(1, keepdim=True)
@@ -96,7 +97,8 @@ def test_the_gate_is_wide_in_bf16():
     made = Router(m, Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0), torch.bfloat16)
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
     u = torch.randn(6, m.dim, generator=torch.Generator().manual_seed(1)).bfloat16()
-    weight_TK, expert_TK, _ = made(u, 6, Ops())
+    weight_TK, routing = made(u, 6, Ops())
+    expert_TK = routing.expert_TK
     score = torch.sigmoid(u.double() @ made.weight.double().T).gather(1, expert_TK)
     assert weight_TK.dtype == torch.float32 and made.bias.dtype == torch.float32
     torch.testing.assert_close(weight_TK.double(), 2.5 * score / score.sum(1, keepdim=True), rtol=1e-5, atol=0)
@@ -142,7 +144,8 @@ def test_attached_losses_have_the_gradient_of_a_sum(balance, z):
     generator = torch.Generator().manual_seed(5)
     u, away = (torch.randn(num_tokens, n, dtype=torch.float64, generator=generator) for n in (m.dim, m.top_k))
     ours, store = u.clone().requires_grad_(), WeightGradStore()
-    weight_TK, expert_TK, losses = made(ours, seq_len, Ops(store=store))
+    weight_TK, routing = made(ours, seq_len, Ops(store=store))
+    expert_TK, sums = routing.expert_TK, routing.sums
     (weight_TK * away).sum().backward()
     with torch.no_grad():
         (closure,) = store.take()
@@ -159,14 +162,14 @@ def test_attached_losses_have_the_gradient_of_a_sum(balance, z):
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(made.weight.main_grad, weight.grad, rtol=1e-10, atol=1e-14)
     # What is recorded: sums over tokens, so that a division by the step's tokens gives the means above.
-    assert losses["balance"].item() / num_tokens == pytest.approx(balance_loss.item() / 2)
-    assert losses["z"].item() / num_tokens == pytest.approx(z_loss.item())
+    assert sums["balance"].item() / num_tokens == pytest.approx(balance_loss.item() / 2)
+    assert sums["z"].item() / num_tokens == pytest.approx(z_loss.item())
 
 
 def test_no_loss_is_attached_in_evaluation():
     made = router(small(), balance=1.0)
     with torch.no_grad():
-        weight_TK, _, _ = made(torch.randn(4, 16, dtype=torch.float64), 4, Ops())
+        weight_TK, _ = made(torch.randn(4, 16, dtype=torch.float64), 4, Ops())
     assert not weight_TK.requires_grad
 
 
