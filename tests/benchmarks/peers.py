@@ -80,7 +80,7 @@ class Shoestring:
     def step(self, rows_BS: Tensor) -> float:
         parallel = self.config.parallel
         mine = rows_BS.chunk(parallel.dp)[self.engine.mesh.dp_rank].split(self.config.train.micro_batch_sequences)
-        return self.engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BS=r[:, 1:]) for r in mine], LR).loss
+        return self.engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:]) for r in mine], LR).loss
 
 
 class Transformers:

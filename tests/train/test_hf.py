@@ -421,7 +421,7 @@ def _loss_of_first(config, checkpoint, batch):
     extra = Checkpointer(checkpoint.parent, keep_last=1, async_save=False).load(checkpoint, engine.chunks(saving=False))
     engine.optimizer.load_state(extra["progress"]["step"])
     mine = batch.chunk(config.parallel.dp)[engine.mesh.dp_rank]
-    loss, count = engine.evaluate([MicroBatch(tokens_BS=b[:, :-1], targets_BS=b[:, 1:]) for b in mine.split(1)])
+    loss, count = engine.evaluate([MicroBatch(tokens_BS=b[:, :-1], targets_BN=b[:, 1:]) for b in mine.split(1)])
     return loss / count, sum(c.data.abs().sum().item() for name, c in engine.optimizer.state().items() if not name.endswith(".master"))
 
 
