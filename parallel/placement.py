@@ -74,6 +74,18 @@ def rank_overload(loads: Tensor | Sequence[Sequence[float]], ep: int, placement:
     return torch.where(ranks.sum(1) > 0, overload, 1.0).tolist()
 
 
+def next_placement(loads: Tensor, current: Tensor, ep: int, num_groups: int, gpus_per_node: int) -> Tensor:
+    """The expert in each slot, (L, E) int64, that evens out `loads` (L, E, by expert) over `ep` ranks; without replicas.
+
+    Where expert parallelism spans whole nodes, and their number divides `num_groups`, groups stay on a node: node-limited routing
+    counts on it. Elsewhere groups are ignored. A layer that would not gain keeps its row of `current`.
+    """
+    nodes = ep // gpus_per_node if ep % gpus_per_node == 0 else 1
+    wanted = rebalance(loads, loads.shape[1], num_groups, nodes, ep).physical_to_logical
+    gains = torch.tensor(rank_overload(loads, ep, wanted)) < torch.tensor(rank_overload(loads, ep, current))
+    return torch.where(gains[:, None], wanted, current)
+
+
 # ---------------------------------------------------------------- one layer
 
 
