@@ -44,8 +44,11 @@ def load_saved(path: str | Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """As `load_saved` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    """As `load_saved` reads it; of each phase only what it changes."""
+    plain = _plain(config)
+    run = {name: value for name, value in plain.items() if name != "phases"}
+    plain["phases"] = {name: _difference(changed, run) for name, changed in plain["phases"].items()}
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> DictConfig:
@@ -91,6 +94,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _difference(above: dict, below: dict) -> dict:
+    """What `above` has that `below` has not, or otherwise."""
+    changed = {}
+    for name, value in above.items():
+        if name not in below:
+            changed[name] = value
+        elif isinstance(value, dict) and isinstance(below[name], dict):
+            changed |= {name: part} if (part := _difference(value, below[name])) else {}
+        elif value != below[name]:
+            changed[name] = value
+    changed.pop("phases", None)
+    return changed
 
 
 def _packaged(tree: Any) -> Any:

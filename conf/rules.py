@@ -2,15 +2,18 @@
 
 A broken rule is a field and a sentence. What its nearest valid value is, one search answers for all of them: of the values that the
 field could have in this configuration, the nearest with which the *whole* configuration is valid, else the nearest that at least
-repairs this field. Rules of data, schedules and dispatchers stand with their owners; `launch/validate.py` calls them.
+repairs this field. A run of several phases is checked phase by phase, each a configuration of its own. Rules of data, schedules and
+dispatchers stand with their owners; `launch/validate.py` calls them.
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .errors import ConfigError, divisors, most_like
+from .phases import levels
 from .schema import Config
 
 Broken = tuple[str, str]  # field, rule
@@ -33,27 +36,54 @@ _POSITIVE = [
     *_fields("launch", "threads timeout_s log_interval"),
 ]
 _NOT_NEGATIVE = [
-    *_fields("model", "num_dense_layers num_shared_experts q_lora_rank init_std yarn.mscale yarn.mscale_all_dim"),
+    *_fields("model", "num_dense_layers num_shared_experts q_lora_rank init_std mtp_depth yarn.mscale yarn.mscale_all_dim"),
     *_fields("optim", "final_lr warmup_steps constant_steps decay_steps weight_decay"),
-    *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef"),
-    *_fields("train", "eval_interval stop_after seed"),
-    "checkpoint.interval", "cluster.price_per_gpu_hour", "data.tokenizer.vocab_size",
+    *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef mtp_weight"),
+    *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
+    "parallel.placement_interval", "checkpoint.interval", "cluster.price_per_gpu_hour", "data.tokenizer.vocab_size",
 ]  # fmt: skip
-_BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction", "data.max_bad_fraction")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
 _CHOICES = {
     "precision.compute": ("fp32", "bf16", "fp64"),
+    "model.score_func": ("sigmoid", "softmax"),
     "optim.engine": ("whole", "deepspeed"),
+    "optim.algorithm": ("adamw", "muon"),
+    "optim.moments": ("auto", "fp32", "bf16"),
+    "optim.decay": ("cosine", "linear", "none"),
     "data.tokenizer.kind": ("bytes", "bpe", "file"),
     "launch.device": ("auto", "cpu", "cuda"),
     "launch.wandb": ("disabled", "offline", "online"),
 }
+_RECOMPUTED = ("norm", "mla_up", "swiglu", "attention", "experts")
+_OF_A_PHASE = ("train", "optim", "parallel", "data.seq_len", "data.sources", "model.max_seq_len", "model.yarn")
+_OF_THE_RUN = ("train.seed", "train.stop_after", "optim.ema_decay")
 _TRIALS = 200  # of candidates, when the nearest valid value is searched
 
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first broken rule; ranges of single fields come first."""
-    for field, rule in _broken(config):
+    for field, rule in _broken(config) if not config.phases else _ranges(config):
         raise ConfigError(field, get(config, field), rule, _nearest(config, field))
+    for name, phase in config.phases.items():
+        for field in _changed(config, phase):
+            if field in _OF_THE_RUN or not field.startswith(tuple(f"{p}." for p in _OF_A_PHASE)) and field not in _OF_A_PHASE:
+                rule = f"belongs to the whole run; a phase may change {', '.join(_OF_A_PHASE)}"
+                raise ConfigError(f"phases.{name}.{field}", get(phase, field), rule, get(config, field))
+        for field, rule in _broken(phase):
+            key = field if get(phase, field) == get(config, field) else f"phases.{name}.{field}"
+            raise ConfigError(key, get(phase, field), f"{rule} (in phase {name})", _nearest(phase, field))
+
+
+def _changed(run: Any, phase: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the fields that differ."""
+    for f in dataclasses.fields(run):
+        below, above = getattr(run, f.name), getattr(phase, f.name)
+        if f.name == "phases" or below == above:
+            continue
+        if dataclasses.is_dataclass(below):
+            yield from _changed(below, above, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
 
 
 def get(config: Any, key: str) -> Any:
@@ -102,18 +132,27 @@ def _candidates(c: Config, field: str) -> Iterable:
         return range(0, min(max(m.num_layers, 1), 4096) + 1)
     if field in ("model.num_limited_groups", "model.top_k"):
         return range(1, max(1, min(m.num_experts, 4096)) + 1)
+    unit = max(1, p.dp * t.micro_batch_sequences * c.data.seq_len)
     if field == "train.global_batch_tokens":
-        unit = max(1, p.dp * t.micro_batch_sequences * c.data.seq_len)
-        return {max(1, n) * unit for n in (value // unit, value // unit + 1)}
+        whole, steps = {max(1, n) * unit for n in (value // unit, value // unit + 1)}, max(1, t.ramp.increment_tokens)
+        grown = max(1, (value - t.ramp.start_tokens) // steps)
+        return whole | {t.ramp.start_tokens + n * steps for n in (grown, grown + 1)}
+    if field == "train.ramp.start_tokens":
+        full, step = t.global_batch_tokens, t.ramp.increment_tokens or unit
+        return [unit, *(full - n * step for n in range(1, 1025) if full > n * step)]
+    if field == "train.ramp.increment_tokens":
+        return [n * unit for n in divisors((t.global_batch_tokens - t.ramp.start_tokens) // unit)] if t.ramp.start_tokens < 1 << 40 else [unit]
     if field == "data.seq_len":
         per_rank = t.global_batch_tokens // max(1, p.dp * t.micro_batch_sequences)
         return {max(1, m.max_seq_len), *(per_rank // n for n in range(1, 4097) if 0 < n <= per_rank and per_rank % n == 0)}
     if field in ("optim.warmup_steps", "optim.constant_steps"):
         rest = c.optim.warmup_steps + c.optim.constant_steps - value
-        return [max(0, t.steps - rest)]
+        steps = t.steps if not t.tokens else sum(level.num_steps for level in levels(t)) if not any(_batch(c)) else rest
+        return [max(0, steps - rest)]
     if field in _BELOW_ONE:
         return [0.0, 0.5, 0.9, 0.95, 0.999]
     limits = {
+        "train.recompute": [[name for name in value if name in _RECOMPUTED]] if isinstance(value, (list, tuple)) else [],
         "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
         "train.steps": [1, c.optim.warmup_steps + c.optim.constant_steps],
     }  # fmt: skip
@@ -159,6 +198,9 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name, allowed in _CHOICES.items():
         if get(c, name) not in allowed:
             yield name, f"must be one of {', '.join(allowed)}"
+    for name in c.train.recompute:
+        if name not in _RECOMPUTED:
+            yield "train.recompute", f"must be a list of {', '.join(_RECOMPUTED)}"
     for name in ("name", "run_dir"):
         if not get(c, name).strip():
             yield name, "must not be empty"
@@ -203,18 +245,31 @@ def _layout(c: Config) -> Iterator[Broken]:
 
 
 def _batch(c: Config) -> Iterator[Broken]:
-    s, t, dp = c.data.seq_len, c.train, c.parallel.dp
+    s, t, dp, ramp = c.data.seq_len, c.train, c.parallel.dp, c.train.ramp
     if s > c.model.max_seq_len:
         yield "data.seq_len", f"must not exceed model.max_seq_len = {c.model.max_seq_len}"
     if t.global_batch_tokens % (unit := s * dp * t.micro_batch_sequences):
         yield ("train.global_batch_tokens",
                f"must be a multiple of seq_len x dp x micro_batch_sequences = {s} x {dp} x {t.micro_batch_sequences} = {unit}")  # fmt: skip
+    elif ramp.tokens:
+        if not 0 < ramp.start_tokens < t.global_batch_tokens or ramp.start_tokens % unit:
+            yield ("train.ramp.start_tokens",
+                   f"must be a multiple of {unit} (seq_len x dp x micro_batch_sequences) below train.global_batch_tokens = "
+                   f"{t.global_batch_tokens}")  # fmt: skip
+        elif not ramp.increment_tokens or ramp.increment_tokens % unit or (t.global_batch_tokens - ramp.start_tokens) % ramp.increment_tokens:
+            yield ("train.ramp.increment_tokens",
+                   f"must be a multiple of {unit} (seq_len x dp x micro_batch_sequences) that divides the batch's growth, "
+                   f"{t.global_batch_tokens - ramp.start_tokens}")  # fmt: skip
 
 
 def _optim(c: Config) -> Iterator[Broken]:
-    o, steps = c.optim, c.train.steps
+    o, t = c.optim, c.train
+    if any(_batch(c)):
+        return
+    steps = sum(level.num_steps for level in levels(t))
+    length = f"train.steps = {steps}" if not t.tokens else f"the {steps} steps of train.tokens = {t.tokens}"
     if o.final_lr > o.lr:
         yield "optim.final_lr", f"must not exceed optim.lr = {o.lr:g}"
     if o.decay_steps == 0 and o.warmup_steps + o.constant_steps > steps:
         name = "warmup_steps" if o.warmup_steps > steps or not o.constant_steps else "constant_steps"
-        yield f"optim.{name}", f"warm-up and constant steps must fit in train.steps = {steps}"
+        yield f"optim.{name}", f"warm-up and constant steps must fit in {length}"

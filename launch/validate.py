@@ -1,6 +1,7 @@
 """All rules that a configuration must obey before any process starts: each owner's, and the size of the world."""
 
 from ..conf.errors import ConfigError, closest
+from ..conf.phases import phases
 from ..conf.schema import Config
 from ..parallel import dispatch, schedule
 from ..train import data
@@ -11,11 +12,17 @@ def validate(config: Config, world_size: int | None = None) -> None:
 
     The configuration's own rules (`conf/rules.py`) were checked when it was composed.
     """
-    if world_size is not None:
-        _check_world(config, world_size)
-    schedule.check(config)
-    dispatch.check(config)
-    data.check(config.data, vocab_size=config.model.vocab_size)
+    for phase in phases(config):
+        try:
+            schedule.check(phase.config)
+            dispatch.check(phase.config)
+            data.check(phase.config.data, vocab_size=config.model.vocab_size)
+        except ConfigError as error:
+            if not config.phases:
+                raise
+            raise ConfigError(error.field, error.value, f"{error.rule} (in phase {phase.name})", error.nearest) from None
+    if world_size is not None and all(phase.config.parallel.world_size != world_size for phase in phases(config)):
+        _check_world(phases(config)[0].config, world_size)
 
 
 def _check_world(config: Config, world_size: int) -> None:

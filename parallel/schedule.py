@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from ..conf.errors import most_like
+from ..conf.phases import levels
 from ..conf.schema import Config, ConfigError, choose
 from ._torch import get_schedule_ops
 
@@ -85,17 +87,29 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError if the schedule is unknown or does not fit the layout and the number of micro-batches."""
-    p, num = config.parallel, config.num_micro_batches
+    """Raises ConfigError if the schedule is unknown, or does not fit the layout and the number of micro-batches of any step (of one
+    phase: a configuration without phases of its own)."""
+    p, unit = config.parallel, config.parallel.dp * config.train.micro_batch_sequences * config.data.seq_len
     choose("parallel.schedule", p.schedule, tuple(SCHEDULES))
-    broken = SCHEDULES[p.schedule].rule(p.pp, p.chunks, num)
-    if broken is None:
-        return
-    field, rule, nearest = broken
-    if field == "micro_batches":
-        tokens = nearest * p.dp * config.train.micro_batch_sequences * config.data.seq_len
-        raise ConfigError("train.global_batch_tokens", config.train.global_batch_tokens, f"{rule}, and this makes {num} of them", tokens)
-    raise ConfigError(field, getattr(p, field.split(".")[1]), rule, nearest)
+    batches = [level.batch_tokens for level in levels(config.train)]
+    for tokens in batches:
+        broken = SCHEDULES[p.schedule].rule(p.pp, p.chunks, tokens // unit)
+        if broken is None:
+            continue
+        field, rule, nearest = broken
+        if field != "micro_batches":
+            raise ConfigError(field, getattr(p, field.split(".")[1]), rule, nearest)
+        rule += f", and {tokens} tokens a step make {tokens // unit} of them"
+        if len(batches) == 1:
+            raise ConfigError("train.global_batch_tokens", tokens, rule, nearest * unit)
+        raise ConfigError("parallel.schedule", p.schedule, f"{rule} (train.ramp)", _schedule_for(config, [n // unit for n in batches]))
+
+
+def _schedule_for(config: Config, nums: list[int]) -> str | None:
+    """The schedule most like the one asked for whose rule all these numbers of micro-batches obey, as the layout is or with one chunk."""
+    p = config.parallel
+    fitting = [name for name, s in SCHEDULES.items() if any(all(s.rule(p.pp, chunks, n) is None for n in nums) for chunks in (p.chunks, 1))]
+    return most_like(p.schedule, fitting) if fitting else None
 
 
 def validate(lists: Sequence[Sequence[Action]], placement: Sequence[int], num: int) -> None:
