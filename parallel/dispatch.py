@@ -4,8 +4,11 @@ A dispatcher answers three questions about one micro-batch's choice of experts: 
 `to_experts` sends copies of the tokens, `to_tokens` brings rows back and adds each token's copies. Each of the two exchanges is the
 backward of the other. `Dispatch` and `Combine` are the executor's phases over them.
 
+An expert is computed in a *slot*: those of a rank are consecutive. Slot and expert are one number, unless experts have been moved
+(`relocate.py`): then `start` is told where they are, and from there on the dispatcher speaks of slots.
+
 T tokens on this rank   K top-k   N = T * K copies   D model dim   C payload columns: D and the routing weight
-E experts   e experts on this rank   M copies received   R rows for the experts, padding included
+E experts, and slots   e experts on this rank   M copies received   R rows for the experts, padding included
 """
 
 from collections.abc import Callable
@@ -43,7 +46,9 @@ class Routing:
 
     expert_TK: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)  # the router's losses and the like over tokens, detached: for the record
-    sent_E: Tensor | None = None  # this rank's copies per expert
+    load_E: Tensor | None = None  # this rank's copies per expert: for the record
+    slot_TK: Tensor | None = None  # where those experts are
+    sent_E: Tensor | None = None  # this rank's copies per slot
     groups: RowGroups | None = None
     row_of_TK: Tensor | None = None
     row_of_M: Tensor | None = None
@@ -54,10 +59,16 @@ class Routing:
     received_rows: list[int] = field(default_factory=list)
     counts_work: Any = None
 
+    def place(self, slot_of_E: Tensor | None, num_experts: int) -> None:
+        """Look up slots (None: expert i is in slot i), and count."""
+        self.slot_TK = self.expert_TK if slot_of_E is None else slot_of_E[self.expert_TK]
+        self.sent_E = torch.bincount(self.slot_TK.flatten(), minlength=num_experts)
+        self.load_E = self.sent_E if slot_of_E is None else self.sent_E[slot_of_E]
+
 
 class Dispatcher(Protocol):
-    def start(self, r: Routing) -> None:
-        """Count, and begin to exchange the counts."""
+    def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
+        """Count, and begin to exchange the counts. `slot_of_E`: (E,) int64, the slot of each expert, None where they are in order."""
         ...
 
     def wait_counts(self, r: Routing) -> None: ...
@@ -101,16 +112,17 @@ class LocalDispatcher:
     def __init__(self, *, num_experts: int, align: int):
         self.num_experts, self.align = num_experts, align
 
-    def start(self, r: Routing) -> None:
-        r.sent_E = torch.bincount(r.expert_TK.flatten(), minlength=self.num_experts)
+    def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
+        r.place(slot_of_E, self.num_experts)
 
     def wait_counts(self, r: Routing) -> None:
         sizes = r.sent_E.tolist()
         padded = _pad(sizes, self.align)
-        order_N = r.expert_TK.flatten().argsort(stable=True)
-        rows_sorted = _padded_rows(r.expert_TK.flatten()[order_N], sizes, padded)
+        slot_N = r.slot_TK.flatten()
+        order_N = slot_N.argsort(stable=True)
+        rows_sorted = _padded_rows(slot_N[order_N], sizes, padded)
         row_of_N = torch.empty_like(order_N).index_copy_(0, order_N, rows_sorted)
-        r.groups, r.row_of_TK = RowGroups.of(padded, order_N.device), row_of_N.view_as(r.expert_TK)
+        r.groups, r.row_of_TK = RowGroups.of(padded, order_N.device), row_of_N.view_as(r.slot_TK)
         r.copy_of_R = _inverse(row_of_N, sum(padded))
 
     def to_experts(self, x_TD, weight_TK, r, direction):
@@ -138,14 +150,13 @@ class AllToAllDispatcher:
         self.num_experts, self.align, self.groups = num_experts, align, groups
         self.ep = groups["F"].size()
 
-    def start(self, r: Routing) -> None:
-        flat_N = r.expert_TK.flatten()
-        r.sent_E = torch.bincount(flat_N, minlength=self.num_experts)
+    def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
+        r.place(slot_of_E, self.num_experts)
         r.received_E = torch.empty_like(r.sent_E)
         r.counts_work = dist.all_to_all_single(r.received_E, r.sent_E, group=self.groups["F"], async_op=True)
-        r.order_N = flat_N.argsort(stable=True)
-        row_of_N = torch.empty_like(r.order_N).index_copy_(0, r.order_N, torch.arange(len(flat_N), device=flat_N.device))
-        r.row_of_TK = row_of_N.view_as(r.expert_TK)
+        r.order_N = r.slot_TK.flatten().argsort(stable=True)
+        row_of_N = torch.empty_like(r.order_N).index_copy_(0, r.order_N, torch.arange(len(r.order_N), device=r.order_N.device))
+        r.row_of_TK = row_of_N.view_as(r.slot_TK)
 
     def wait_counts(self, r: Routing) -> None:
         """Only now does the host know the sizes."""

@@ -21,6 +21,7 @@ from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
 from ..parallel.optimizer import make_optimizer
 from ..parallel.phases import IGNORED, MicroBatch
+from ..parallel.relocate import Placement
 from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
 from ..parallel.zero import AdamW, Chunk, Spec
 from . import cost
@@ -54,6 +55,7 @@ class Engine:
         self.mesh = Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
         self.ops = Ops(compiled=config.launch.compile)
+        self.placement = Placement(config, self.device)
         self.stages = self._build_stages()
         self.biases = self._share_biases()
         self.optimizer = make_optimizer(config.optim.engine, self._specs(), _hyper(config.optim))
@@ -89,6 +91,7 @@ class Engine:
                     ops=self.ops,
                     recompute=c.train.recompute,
                     shared_embed=stages[0].embed if is_last and c.model.embeds_at_head and 0 in stages else None,
+                    slot_of=self.placement.slot_of,
                 )
             materialise(stages[index], seed=c.train.seed, ep_rank=mesh.ep_rank, device=self.device)
         return stages
@@ -150,6 +153,7 @@ class Engine:
             raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
+        self.placement.after_step(totals.loads, self.optimizer, self.mesh.dense)
         c, routed = self.config.optim, totals.tokens * max(1, self.config.model.num_moe_layers)
         return StepResult(
             loss=totals.losses[0] / totals.tokens,

@@ -8,7 +8,7 @@ T = B * S tokens   D model dim   V vocabulary   R rows after dispatch   L losses
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,14 +86,17 @@ class Stage(nn.Module):
         ops: Ops,
         recompute: Sequence[str] = (),
         shared_embed: nn.Parameter | None = None,
+        slot_of: Mapping[int, Tensor] | None = None,
     ):
         """Parameters are allocated on the current default device (build under `torch.device("meta")`, then `materialise`).
 
         `shared_embed`: the embedding of a first stage on the same rank, for a last stage that needs it.
+        `slot_of`: where the experts of each layer are (`Placement.slot_of`), looked up in each forward.
         """
         super().__init__()
         self.m, self.dtype, self.dispatcher, self.ops, self.balance = m, dtype, dispatcher, ops, balance
         self.is_first, self.is_last, self.recompute = is_first, is_last, recompute
+        self.slot_of = {} if slot_of is None else slot_of
         if is_first or (is_last and m.embeds_at_head):
             self.embed = shared_embed if shared_embed is not None else nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
         kind = lambda i: Block if i < m.num_layers else PredictionBlock
@@ -151,7 +154,7 @@ class Stage(nn.Module):
                 EmptyPhase("combine"),
             ]
         self.stats[layer] = stats = RouterStats(load_E=torch.zeros(self.m.num_experts, dtype=torch.int64, device="cpu"))
-        start = lambda h_TD, u_TD, weight_TK, r, *carried: self.dispatcher.start(r)
+        start = lambda h_TD, u_TD, weight_TK, r, *carried: self.dispatcher.start(r, self.slot_of.get(layer))
         return [
             ComputePhase("attention", self._attend_and_route(block), recompute=attention, after=start),
             Dispatch(self.dispatcher, stats.observe),

@@ -134,7 +134,7 @@ class RouterStats:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def observe(self, r: Routing) -> None:
-        self.load_E += r.sent_E
+        self.load_E += r.load_E
         for name, value in r.sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 

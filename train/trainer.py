@@ -108,6 +108,7 @@ class _Session:
         extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng."))
         self._check_same_run(start, extra)
         self.engine.optimizer.load_state(extra["progress"]["step"])
+        self.engine.placement.load_state(extra)
         torch.set_rng_state(rng)
         return Progress(**extra["progress"])
 
@@ -132,6 +133,7 @@ class _Session:
             "data": self.corpus.fingerprint,
             "layout": metrics.layout_name(self.config.parallel),
             "precision": self.config.precision.compute,
+            **self.engine.placement.state(),
         }
         self.checkpointer.save(self.progress.step, chunks, extra)
 
