@@ -5,6 +5,7 @@ runs is therefore named by a string and resolved when it is needed, in `_call` o
 """
 
 import argparse
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -159,6 +160,23 @@ def _report(args: argparse.Namespace) -> None:
     print(_call("shoestring.launch.report:write_report", args.run_dir))
 
 
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="a run directory, a checkpoint, or a Hugging Face folder")
+    parser.add_argument("prompt", nargs="?", default="", help="the text to go on from (default: the begin of a document)")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help="the same as --temperature 0")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P",
+                        help="draw from the fewest tokens that have this probability (default: 0.95)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first continuation; the next has S + 1 (default: 0)")
+    parser.add_argument("--num", type=int, default=1, metavar="N", help="continuations (default: 1)")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    environment.prepare(threads=min(8, os.cpu_count() or 1))
+    _call("shoestring.launch.sample:show", **{key: value for key, value in vars(args).items() if key != "command"})
+
+
 COMMANDS = {
     "train": Command(
         help="train a model, or go on with a run that was stopped",
@@ -197,5 +215,14 @@ COMMANDS = {
         arguments=_report_arguments,
         run=_report,
         examples=("shoestring report runs/tiny",),
+    ),
+    "sample": Command(
+        help="let a trained model write text",
+        arguments=_sample_arguments,
+        run=_sample,
+        examples=(
+            'shoestring sample runs/tiny "def main("                       from the newest checkpoint of a run',
+            "shoestring sample out/tiny-hf --num 3 --max-tokens 100        from an exported model, three times",
+        ),
     ),
 }

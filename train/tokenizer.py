@@ -46,6 +46,10 @@ class Tokenizer:
         """sha256 of all that decides its ids."""
         return hashlib.sha256(f"{self.eod_id}\n{self._saved}".encode()).hexdigest()
 
+    def id_of(self, token: str) -> int | None:
+        """Of a token by its exact spelling, special ones too."""
+        return self._backend.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token."""
         return self.encode_documents([text])[0].tolist()

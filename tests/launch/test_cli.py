@@ -56,6 +56,8 @@ def test_cfg_prints_the_resolved_configuration_and_runs_nothing(calls, capsys):
         (["export", "runs/a", "out"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")), {}),
         (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"skip_mtp": False}),
         (["report", "runs/a"], "shoestring.launch.report:write_report", (Path("runs/a"),), {}),
+        (["sample", "runs/a", "def ", "--greedy", "--num", "2"], "shoestring.launch.sample:show", (),
+         {"source": Path("runs/a"), "prompt": "def ", "max_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 0, "num": 2}),
         (["data", "build", "experiment=tiny", "--shard", "1", "--num-shards", "4", "data.workers=1"], "shoestring.train.data:build",
          (load(["experiment=tiny", "data.workers=1"]).data,), {"vocab_size": 512, "shard": 1, "num_shards": 4}),
     ],
