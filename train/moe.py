@@ -4,6 +4,7 @@ T tokens   D model dim   F expert hidden dim   E experts   e experts on this ran
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class Balance:
     token_weight: float
 
 
+SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
+
+
 class _AttachLoss(torch.autograd.Function):
     """Identity on the first argument whose backward also asks for the gradient of `loss`."""
 
@@ -40,10 +44,16 @@ class _AttachLoss(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """Sigmoid scores; selection by score + bias inside each token's best groups; weights from the scores alone."""
+    """Scores (sigmoid, or DeepSeek-V2's softmax); selection by score + bias inside each token's best groups; weights from scores alone.
+
+    DeepSeek-V2 rates a group by its best expert, not by its best two as V3: softmax scores with a limit on groups are a ValueError.
+    """
 
     def __init__(self, m: ModelConfig, balance: Balance, dtype: torch.dtype):
         super().__init__()
+        if m.score_func not in SCORES or (m.score_func == "softmax" and m.num_limited_groups < m.num_groups):
+            groups = f"{m.num_limited_groups} of {m.num_groups} groups"
+            raise ValueError(f"model.score_func = {m.score_func} with {groups}: want sigmoid, or softmax with all groups")
         self.m, self.balance = m, balance
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
         self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
@@ -51,7 +61,7 @@ class Router(nn.Module):
     def forward(self, u_TD: Tensor, seq_len: int, ops: Ops) -> tuple[Tensor, Routing]:
         """(T, D) -> weight_TK (FP32 or wider, differentiable), and the choice of experts with its sums over tokens, for the record."""
         logits_TE = _gate(u_TD, self.weight, ops)
-        score_TE = logits_TE.sigmoid()
+        score_TE = SCORES[self.m.score_func](logits_TE)
         expert_TK = self.select(score_TE.detach())
         weight_TK = score_TE.gather(1, expert_TK)
         if self.m.norm_topk:
