@@ -3,7 +3,7 @@
 from ..conf.errors import ConfigError, closest
 from ..conf.phases import phases
 from ..conf.schema import Config
-from ..parallel import dispatch, placement, schedule
+from ..parallel import dispatch, optimizer, placement, schedule
 from ..train import data
 
 
@@ -16,6 +16,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         try:
             schedule.check(phase.config)
             dispatch.check(phase.config)
+            optimizer.check(phase.config)
             placement.check(phase.config)
             data.check(phase.config.data, vocab_size=config.model.vocab_size)
         except ConfigError as error:

@@ -3,7 +3,8 @@
 DeepSpeed reduces, steps and gathers; scale, norm and clip stay ours (`ShardedOptimizer`). Written against DeepSpeed 0.19.8, of which
 it uses these undocumented names: `DeepSpeedZeroOptimizer` built without an engine; `param.grad_accum`, `.allreduce`, `.group_name`,
 `._hp_mapping`; the optimizer's `averaged_gradients`, `bit16_groups`, `single_partition_of_fp32_groups`, `use_grad_accum_attribute`,
-`_grad_acc_hooks`, `_lazy_init_hp_params_optimizer_state`, `update_lp_params`; `deepspeed.ops.__compatible_ops__`.
+`_grad_acc_hooks`, `_lazy_init_hp_params_optimizer_state`, `update_lp_params`, `compute_grad_norm`, `_wait_for_offload_copies`;
+`deepspeed.ops.__compatible_ops__`.
 """
 
 import importlib
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .zero import AdamW, Chunk, ShardedOptimizer, Spec, in_collective_order
+from ..conf.schema import OptimConfig
+from .zero import Chunk, ShardedOptimizer, Spec, in_collective_order
 
 # It allocates a bucket of this many FP32 elements in each reduction (its default, 5e8, would be 2 GB).
 BUCKET = 1 << 23
@@ -23,15 +25,18 @@ BUCKET = 1 << 23
 class DeepSpeedOptimizer(ShardedOptimizer):
     """AdamW with FP32 masters and moments, for FP32 and BF16 weights that may be cut anywhere; ValueError for others.
 
+    With `optim.offload` masters, moments and this rank's share of the reduced gradients are on the host, and the norm is taken there.
     Reduces all stages at once, when the last one is announced. Each replica group is one of DeepSpeed's "MoE" groups, which are just
     named groups: so experts, dense and tied parameters are treated alike, and alike on every rank.
     """
 
-    def __init__(self, specs: Sequence[Spec], hyper: AdamW):
+    def __init__(self, specs: Sequence[Spec], optim: OptimConfig):
         for s in specs:
             if s.param.dtype == torch.float64 or s.unit != 1:
                 raise ValueError(f"engine 'deepspeed' cannot hold {s.name} ({s.param.dtype}, unit {s.unit}): use optim.engine=whole")
-        super().__init__(specs, hyper)
+        super().__init__(specs, optim)
+
+    def _allocate(self, specs):
         prepare(self._device())
         for s in specs:
             self.main_grad[s.name] = s.param.main_grad = torch.zeros_like(s.param, dtype=torch.float32, requires_grad=False)
@@ -48,6 +53,7 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         self._zero._lazy_init_hp_params_optimizer_state()
 
     def _build(self, specs):
+        from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
         from deepspeed.utils.timer import NoopTimer
 
@@ -62,10 +68,11 @@ class DeepSpeedOptimizer(ShardedOptimizer):
             for s in keyed[key]:
                 s.param.allreduce, s.param.group_name = False, name
             params = [s.param for s in keyed[key]]
-            param_groups.append({"params": params, "name": name, "moe": True, "weight_decay": self.hyper.weight_decay if decay else 0.0})
-        h = self.hyper
-        return DeepSpeedZeroOptimizer(
-            torch.optim.AdamW(param_groups, lr=0.0, betas=(h.beta1, h.beta2), eps=h.eps, fused=True),
+            param_groups.append({"params": params, "name": name, "moe": True, "weight_decay": self.optim.weight_decay if decay else 0.0})
+        o, on_gpu = self.optim, self._device().type != "cpu"
+        offload = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=on_gpu) if o.offload else None
+        zero = DeepSpeedZeroOptimizer(
+            torch.optim.AdamW(param_groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True),
             {s.param: s.name for s in specs},
             NoopTimer(),
             optimizer_params={},
@@ -78,10 +85,13 @@ class DeepSpeedOptimizer(ShardedOptimizer):
             communication_data_type=torch.float32,
             gradient_average=False,
             clip_grad=0.0,
-            compute_grad_norm=False,
+            compute_grad_norm=o.offload,
             check_grad_overflow=False,
             reduce_bucket_size=max(BUCKET, *(s.param.numel() for s in specs)),
+            offload_optimizer_config=offload,
         )
+        zero.compute_grad_norm = False  # with offload it refuses to be built so, yet steps so: its own norm would want an `mpu`
+        return zero
 
     def _start(self, stages):
         if self._unreduced:
@@ -91,6 +101,9 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         self._zero.reduce_gradients(pipeline_parallel=True)
 
     def _owned_grads(self):
+        if self.optim.offload:
+            self._zero._wait_for_offload_copies()
+            return [flat.grad.view(-1) for flat in self._zero.single_partition_of_fp32_groups]
         return [g.view(-1) for i in range(len(self._zero.bit16_groups)) for g in self._zero.averaged_gradients[i] if g.numel()]
 
     def _update(self, lr):
@@ -101,7 +114,7 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         for grad in self.main_grad.values():
             grad.zero_()
 
-    def state(self):
+    def _state(self):
         chunks = {}
         for s in self.specs.values():
             owned = s.param._hp_mapping
@@ -112,10 +125,9 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         return chunks
 
     @torch.no_grad()
-    def load_state(self, steps):
-        self.steps = steps
+    def _load(self):
         for flat in self._zero.single_partition_of_fp32_groups:
-            self._zero.optimizer.state[flat]["step"].fill_(steps)
+            self._zero.optimizer.state[flat]["step"].fill_(self.steps)
         self._zero.update_lp_params()
 
 

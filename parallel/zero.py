@@ -6,6 +6,7 @@ rank owns; `state()` hands the same pieces to the checkpoint. So "counted once" 
     backward adds into main_grad -> reduce(stage) ... -> norm(scale) -> step(norm, lr)
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..conf.schema import OptimConfig
 from ._torch import foreach_mul_, foreach_norm
+from .average import Average
+
+log = logging.getLogger(__name__)
 
 # Plain FP32 norms of long vectors on CPU lose the small terms: -2.3e-4 relative at 8 M elements, -3e-8 in rows of this length.
 NORM_ROW = 16384
@@ -32,18 +37,13 @@ class Spec:
     offset: int = 0  # where the local slab begins in the flattening of the whole parameter
     stage: int = 0  # pipeline stage that computes its gradient
     decay: bool = True  # weight decay applies (not to norms)
-    unit: int = 1  # elements that may not be parted: 1 for AdamW, a matrix where the update needs whole matrices
+    # Muon: (rows, columns) of the matrices that a unit (the weight, or one expert's) holds, one after another; none: AdamW
+    matrices: tuple[tuple[int, int], ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """What is constant over a run; the learning rate comes with each step. `clip` bounds the global gradient norm."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip: float
+    @property
+    def unit(self) -> int:
+        """Elements that may not be parted: one under AdamW, all of a unit's matrices under Muon."""
+        return sum(rows * columns for rows, columns in self.matrices) or 1
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,17 @@ class ShardedOptimizer(ABC):
     One step is `reduce` (of each stage once, in any order that all ranks share), `norm`, `step`. Another order is a RuntimeError.
     """
 
-    def __init__(self, specs: Sequence[Spec], hyper: AdamW):
+    def __init__(self, specs: Sequence[Spec], optim: OptimConfig):
         check(specs)
         self.specs = {s.name: s for s in specs}
-        self.hyper = hyper
+        self.optim = optim
         self.steps = 0  # taken so far
         self.main_grad: dict[str, Tensor] = {}
         self._unreduced = self._stages = frozenset(s.stage for s in specs)
         self._scaled = False
+        self._allocate(specs)
+        masters = {name.removesuffix(".master"): c.data for name, c in self._state().items() if name.endswith(".master")}
+        self._average = Average(masters, optim.ema_decay) if optim.ema_decay else None
 
     def reduce(self, stage: int | None = None) -> None:
         """Start the sums of one stage's main gradients over their replica groups (None: of all that remain). Does not wait.
@@ -99,27 +102,74 @@ class ShardedOptimizer(ABC):
 
     @torch.no_grad()
     def step(self, norm: Tensor, lr: float) -> Tensor:
-        """Clip to `hyper.clip`, update the owned masters, publish the weights to every replica, zero the main gradients.
+        """Clip to `optim.clip`, update the owned masters, publish the weights to every replica, zero the main gradients.
 
         Returns the clip coefficient, a scalar tensor. A norm that is not finite makes the weights so: look before you step.
         """
         if not self._scaled:
             raise RuntimeError(f"step() before norm() in step {self.steps}: gradients would be neither scaled nor clipped")
-        coefficient = (self.hyper.clip / (norm + 1e-6)).clamp(max=1.0)
+        coefficient = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
         if grads := self._owned_grads():
-            foreach_mul_(grads, coefficient.to(grads[0].dtype))
+            foreach_mul_(grads, coefficient.to(grads[0]))
         self.steps += 1
+        if self._average:
+            self._average.begin()
         self._update(lr)
+        if self._average:
+            self._average.update()
         self._unreduced, self._scaled = self._stages, False
         return coefficient
 
-    @abstractmethod
     def state(self) -> dict[str, Chunk]:
-        """Live owned pieces: "<name>.master", ".exp_avg" and ".exp_avg_sq". The same keys before the first step as after it."""
+        """Live owned pieces: "<name>.master", ".exp_avg" (Muon's momentum too), ".exp_avg_sq" (not under Muon), ".ema" (if there is one).
+
+        The same keys before the first step as after it; an average that has not begun is NaN.
+        """
+        chunks = self._state()
+        if self._average:
+            masters = {name.removesuffix(".master"): c for name, c in chunks.items() if name.endswith(".master")}
+            averages = self._average.read()
+            chunks |= {f"{name}.ema": Chunk(c.numel, c.offset, averages[name]) for name, c in masters.items()}
+        return chunks
+
+    @torch.no_grad()
+    def load_state(self, steps: int) -> None:
+        """Take the pieces of `state()` as overwritten in place, after `steps` steps; publish the weights. Collective.
+
+        Pieces that `may_lack` allows to be missing: see there what they start as.
+        """
+        self.steps = steps
+        self._begin_moments()
+        self._load()
+        if self._average:
+            self._average.begin(anew=True)
+
+    def _begin_moments(self) -> None:
+        """Where a second moment is missing (it is zero, as allocated, beside a first that is not), AdamW starts with neither.
+
+        A first moment of hundreds of gradients over the second of one would make a step of any length. With both at zero steps are at
+        most sqrt((1 - beta1)^2 / (1 - beta2) / (1 - beta1^2 / beta2)) learning rates long: 1.2 for (0.9, 0.95).
+        """
+        state, begun = self._state(), []
+        for name, chunk in state.items():
+            first = state[name.removesuffix("_sq")].data
+            if name.endswith(".exp_avg_sq") and not chunk.data.any() and first.any():
+                first.zero_()
+                begun.append(name.removesuffix(".exp_avg_sq"))
+        if begun:
+            log.warning("no second moment in the checkpoint for %d weights (%s ...): AdamW starts anew there", len(begun), begun[0])
 
     @abstractmethod
-    def load_state(self, steps: int) -> None:
-        """Take the pieces of `state()` as overwritten in place, after `steps` steps; publish the weights. Collective."""
+    def _allocate(self, specs: Sequence[Spec]) -> None:
+        """Masters, moments and `main_grad`."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Chunk]:
+        """`state()` without averages."""
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Publish the weights of masters that were overwritten, after step number `self.steps`."""
 
     @abstractmethod
     def _start(self, stages: frozenset[int]) -> None:
@@ -140,8 +190,16 @@ class ShardedOptimizer(ABC):
         return grad_dtype(next(iter(self.specs.values())).param.dtype)
 
 
+def may_lack(name: str) -> bool:
+    """Whether a checkpoint may lack this piece of state, or hold it for nobody: a run may change algorithm or begin an average.
+
+    A missing average starts at the masters as loaded, a missing second moment at zero, and the first with it.
+    """
+    return name.endswith((".exp_avg_sq", ".ema"))
+
+
 def grad_dtype(weights: torch.dtype) -> torch.dtype:
-    """Of main gradients, masters and moments: FP32, or FP64 under FP64 weights."""
+    """Of main gradients and masters: FP32, or FP64 under FP64 weights."""
     return torch.float64 if weights == torch.float64 else torch.float32
 
 
@@ -153,7 +211,7 @@ def squared_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     norms += [torch.linalg.vector_norm(t[:n].view(-1, NORM_ROW), dim=1) for t, n in zip(tensors, cut) if n]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.cat([n.double().view(-1) for n in norms]).square().sum()
+    return torch.cat([n.double().view(-1) for n in norms]).square().sum().to(device)
 
 
 def in_collective_order(buckets: dict[tuple, list[Spec]]) -> list[tuple]:

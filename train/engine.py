@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..conf.schema import Config, OptimConfig
+from ..conf.schema import Config, ModelConfig, OptimConfig
 from ..kernels.grouped import row_alignment
 from ..kernels.ops import Ops
 from ..parallel.dispatch import make_dispatcher
@@ -23,7 +23,7 @@ from ..parallel.optimizer import make_optimizer
 from ..parallel.phases import IGNORED, MicroBatch
 from ..parallel.relocate import Placement
 from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
-from ..parallel.zero import AdamW, Chunk, Spec
+from ..parallel.zero import Chunk, Spec
 from . import cost
 from .model import DTYPES, Stage, is_expert, materialise, named_weights
 from .moe import Balance
@@ -58,7 +58,7 @@ class Engine:
         self.placement = Placement(config, self.device)
         self.stages = self._build_stages()
         self.biases = self._share_biases()
-        self.optimizer = make_optimizer(config.optim.engine, self._specs(), _hyper(config.optim))
+        self.optimizer = make_optimizer(config.optim, self._specs())
         for stage in self.stages.values():
             stage.prepare()
         self.executor = self._build_executor()
@@ -105,7 +105,11 @@ class Engine:
                 group, numel, offset = mesh.expert, param.numel() * mesh.parallel.ep, param.numel() * mesh.ep_rank
             elif name == "embed" and mesh.embed is not None and mesh.pp_rank in (mesh.placement[0], mesh.placement[-1]):
                 group = mesh.embed
-            specs.append(Spec(name=name, param=param, group=group, numel=numel, offset=offset, stage=stage, decay=param.dim() > 1))
+            matrices = muon_matrices(self.config.model, name, param.shape) if self.config.optim.algorithm == "muon" else ()
+            decay = param.dim() > 1
+            specs.append(
+                Spec(name=name, param=param, group=group, numel=numel, offset=offset, stage=stage, decay=decay, matrices=matrices)
+            )
         return specs
 
     def _build_executor(self) -> Executor:
@@ -250,8 +254,18 @@ def stage_layers(config: Config) -> list[range]:
     return [*stages, range(end.start, m.num_blocks)]
 
 
-def _hyper(o: OptimConfig) -> AdamW:
-    return AdamW(beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
+def muon_matrices(m: ModelConfig, name: str, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of the matrices that a weight, or each expert's, is made of; none for embedding, head, gates and norms."""
+    if len(shape) == 1 or name in ("embed", "head") or name.endswith("router.weight"):
+        return ()
+    *_, rows, columns = shape
+    parts = [rows]
+    if name.endswith("gate_up"):
+        parts = [rows // 2, rows // 2]
+    elif name.endswith("qkv_a"):
+        latents = [m.kv_lora_rank, m.qk_rope_head_dim]
+        parts = [rows - sum(latents), *latents]
+    return tuple((part, columns) for part in parts)
 
 
 def learning_rate(o: OptimConfig, step: int, num_steps: int) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..conf.compose import to_yaml
 from ..conf.schema import Config, ConfigError
 from ..parallel.phases import IGNORED, MicroBatch
-from ..parallel.zero import Chunk
+from ..parallel.zero import Chunk, may_lack
 from . import cost, metrics
 from .checkpoint import Checkpointer, find_latest
 from .data import open_corpus
@@ -105,7 +105,7 @@ class _Session:
         rng = torch.get_rng_state()
         chunks = self.engine.chunks(saving=False) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         # Random state belongs to a rank: under another layout some of it has no owner, and some ranks keep their own.
-        extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng."))
+        extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng.") or may_lack(name))
         self._check_same_run(start, extra)
         self.engine.optimizer.load_state(extra["progress"]["step"])
         self.engine.placement.load_state(extra)

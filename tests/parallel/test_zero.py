@@ -1,4 +1,4 @@
-"""Both engines against one process with torch's own AdamW and clip_grad_norm_, over layouts of up to four ranks.
+"""Both engines against one process with torch's own AdamW, Muon and clip_grad_norm_, over layouts of up to eight ranks.
 
 The gradients are made so that any layout can compute them: noise that is a function of (parameter, step, share of the global batch),
 plus a pull that depends on the weights, so that an error in one step feeds into the next. Their sizes differ a thousandfold between
@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from shoestring.conf.schema import OptimConfig
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.parallel import deepspeed_zero
 from shoestring.parallel.optimizer import make_optimizer
-from shoestring.parallel.whole import ALIGNMENT, WholeOptimizer, even_cuts, unit_cuts
-from shoestring.parallel.zero import AdamW, Spec, in_collective_order, squared_norm
+from shoestring.parallel.whole import ALIGNMENT, WholeOptimizer, all_cuts, even_cuts, moment_dtype, unit_cuts
+from shoestring.parallel.zero import Spec, in_collective_order, squared_norm
 from torch import nn
 
 SHARES = 4  # of the global batch, dealt out over dp
-HYPER = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+OPTIM = OptimConfig(lr=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0, moments="fp32")
 LR = (1e-2, 3e-3, 1e-2, 2e-2)  # differs between steps
 LAYOUTS = [  # (pp, edp, ep)
     (1, 1, 1),  # one process: groups of one
@@ -45,16 +46,21 @@ class Toy:
     stage: int | None
     size: float = 1.0  # of its gradients
     expert: bool = False
+    rows: tuple[int, ...] = ()  # of the matrices in a unit, for Muon
+
+    @property
+    def matrices(self):
+        return tuple((rows, self.shape[-1]) for rows in self.rows)
 
 
 TOYS = {
     "embed": Toy((101, 36), None, 0.3),
     "layers.0.norm": Toy((36,), 0, 20.0),
-    "layers.0.attn": Toy((144, 36), 0, 0.1),
-    "layers.0.experts.up": Toy((8, 48, 36), 0, 5.0, expert=True),
+    "layers.0.attn": Toy((144, 36), 0, 0.1, rows=(100, 36, 8)),  # fused: tall, square, wide
+    "layers.0.experts.up": Toy((8, 48, 36), 0, 5.0, expert=True, rows=(24, 24)),
     "layers.1.norm": Toy((7,), 1, 0.01),  # fewer elements than ranks x alignment: most ranks own none
-    "layers.1.attn": Toy((131, 36), 1, 1.0),
-    "layers.1.experts.down": Toy((8, 36, 24), 1, 8.0, expert=True),
+    "layers.1.attn": Toy((131, 36), 1, 1.0, rows=(131,)),
+    "layers.1.experts.down": Toy((8, 36, 24), 1, 8.0, expert=True, rows=(36,)),
 }
 
 
@@ -93,9 +99,9 @@ class Mesh:
         self.dense_shares = range(rank % dp * per, (rank % dp + 1) * per)
         self.expert_shares = range(row * ep * per, (row + 1) * ep * per)  # what an all-to-all brings
 
-    def specs(self, dtype, toys=None, unit=lambda name: 1):
+    def specs(self, dtype, algorithm="adamw"):
         specs = []
-        for name, toy in (toys or TOYS).items():
+        for name, toy in TOYS.items():
             if toy.stage is None or toy.stage in self.stages:
                 full = initial(name)
                 local = full.chunk(self.ep)[self.column] if toy.expert else full
@@ -108,7 +114,7 @@ class Mesh:
                         group=self.tied if toy.stage is None and self.pp > 1 else self.expert if toy.expert else self.dense,
                         stage=self.stages[0] if toy.stage is None else toy.stage,
                         decay=decays(name),
-                        unit=unit(name),
+                        matrices=toy.matrices if algorithm == "muon" else (),
                     )
                 )
         # The tied parameter comes last on the last stage, as a head would: the order of groups differs between ranks.
@@ -123,30 +129,60 @@ class Mesh:
                     s.param.main_grad += share_grad(s.name, s.param.detach(), step, share, stage, rows).to(s.param.main_grad.dtype)
 
 
-def reference(dtype, steps, hyper=HYPER):
-    """One process and torch only: {name: master}, {name: (exp_avg, exp_avg_sq)}, norms."""
+def reference(dtype, steps, optim=OPTIM):
+    """One process and torch only: {name: master}, {"name.exp_avg": moment}, norms. Each matrix is a parameter of torch's Muon."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    masters = {n: nn.Parameter(initial(n).to(dtype).to(wide)) for n in TOYS}
-    groups = [{"params": [m for n, m in masters.items() if decays(n) == d], "weight_decay": hyper.weight_decay * d} for d in (True, False)]
-    adamw = torch.optim.AdamW(groups, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps)
+    masters = {n: initial(n).to(dtype).to(wide) for n in TOYS}
+    grads = {n: torch.zeros_like(m) for n, m in masters.items()}
+    muon, adamw = {}, {}
+    for n, m in masters.items():
+        rows = TOYS[n].rows if optim.algorithm == "muon" else ()
+        parts = [t.view(-1, *TOYS[n].shape[-2:]).split(rows, 1) for t in (m, grads[n])] if rows else [[m[None]], [grads[n][None]]]
+        for part, grad in zip(*parts):
+            for leaf, g in zip(part, grad):
+                leaf = nn.Parameter(leaf)
+                leaf.grad = g
+                (muon if rows else adamw).setdefault(n, []).append(leaf)
+    groups = [{"params": p, "weight_decay": optim.weight_decay * decays(n)} for n, (p,) in adamw.items()]
+    optimizers = [torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)]
+    if muon:
+        matrices, options = itertools.chain(*muon.values()), dict(momentum=optim.muon_momentum, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=optim.weight_decay, **options))
     norms = []
     for step in range(steps):
         for n, m in masters.items():
             stages = (0, 1) if TOYS[n].stage is None else (TOYS[n].stage,)
-            shares = [share_grad(n, m.detach().to(dtype), step, k, s) for k in range(SHARES) for s in stages]
-            m.grad = (sum(shares) / SHARES).to(wide)
-        norms.append(nn.utils.clip_grad_norm_(masters.values(), hyper.clip).item())
-        for group in adamw.param_groups:
-            group["lr"] = LR[step]
-        adamw.step()
-    moments = {n: (adamw.state[m]["exp_avg"], adamw.state[m]["exp_avg_sq"]) for n, m in masters.items()}
-    return {n: m.detach() for n, m in masters.items()}, moments, norms
+            shares = [share_grad(n, m.to(dtype), step, k, s) for k in range(SHARES) for s in stages]
+            grads[n].copy_(sum(shares) / SHARES)
+        norms.append(clip_(grads.values(), optim.clip))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = LR[step]
+            optimizer.step()
+        if moment_dtype(optim, dtype) == torch.bfloat16:  # what a rounded moment is, whoever keeps it
+            for leaf in adamw.values():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moment = optimizers[0].state[leaf[0]][key]
+                    moment.copy_(moment.bfloat16())
+    moments = {f"{n}.{key}": optimizers[0].state[p[0]][key] for n, p in adamw.items() for key in ("exp_avg", "exp_avg_sq")}
+    for n, leaves in muon.items():
+        means, units = [optimizers[1].state[p]["momentum_buffer"] for p in leaves], math.prod(TOYS[n].shape[:-2])
+        moments[f"{n}.exp_avg"] = torch.cat([m for unit in range(units) for m in means[unit::units]])
+    return masters, moments, norms
 
 
-def train(layout, build, dtype, steps, by_stage=False, unit=lambda name: 1):
+def clip_(grads, limit):
+    """`clip_grad_norm_` of bare gradients."""
+    holders = [nn.Parameter(torch.empty_like(g)) for g in grads]
+    for holder, grad in zip(holders, grads):
+        holder.grad = grad
+    return nn.utils.clip_grad_norm_(holders, limit).item()
+
+
+def train(layout, build, dtype, steps, by_stage=False, algorithm="adamw"):
     """Body of a rank: its pieces, its weights, the norms and clip coefficients."""
     mesh = Mesh(layout)
-    specs = mesh.specs(dtype, unit=unit)
+    specs = mesh.specs(dtype, algorithm)
     optimizer, record = build(specs), []
     for step in range(steps):
         for stage in reversed(mesh.stages) if by_stage else [None]:  # the last stage is reduced while the first still computes
@@ -160,9 +196,10 @@ def train(layout, build, dtype, steps, by_stage=False, unit=lambda name: 1):
     return pieces, {s.name: (s.offset, s.param.detach().clone()) for s in specs}, record
 
 
-def run(layout, engine, dtype, steps=4, hyper=HYPER, **options):
+def run(layout, engine, dtype, steps=4, optim=OPTIM, **options):
     """Whole state tensors and record. Every element must have had one owner, every replica the owner's weights, all one record."""
-    build = engine if callable(engine) else lambda specs: make_optimizer(engine, specs, hyper)
+    build = engine if callable(engine) else lambda specs: make_optimizer(replace(optim, engine=engine), specs)
+    options |= {"algorithm": optim.algorithm}
     ranks = fork_ranks(math.prod(layout), lambda: train(layout, build, dtype, steps, **options), timeout_s=60)
     whole, owners = {}, {}
     for pieces, _, record in ranks:
@@ -170,7 +207,9 @@ def run(layout, engine, dtype, steps=4, hyper=HYPER, **options):
         for key, (numel, offset, data) in pieces.items():
             whole.setdefault(key, torch.zeros(numel, dtype=data.dtype))[offset : offset + len(data)] = data
             owners.setdefault(key, torch.zeros(numel))[offset : offset + len(data)] += 1
-    assert whole.keys() == {f"{n}.{k}" for n in TOYS for k in ("master", "exp_avg", "exp_avg_sq")}
+    keys = ["master", "exp_avg", "exp_avg_sq", *["ema"] * bool(optim.ema_decay)]
+    muon = lambda name: optim.algorithm == "muon" and TOYS[name].rows
+    assert whole.keys() == {f"{n}.{k}" for n in TOYS for k in keys if k != "exp_avg_sq" or not muon(n)}
     assert all((o == 1).all() for o in owners.values()), "an element has no owner, or two"
     for name, (offset, weights) in (item for r in ranks for item in r[1].items()):
         master = whole[f"{name}.master"][offset : offset + weights.numel()]
@@ -185,6 +224,17 @@ def error(a, b):
 # ---------------------------------------------------------------- against one process
 
 
+def compare(got, want, tolerance, of_moments=None):
+    (state, record), (masters, moments, norms) = got, want
+    for name in TOYS:
+        assert error(state[f"{name}.master"], masters[name].flatten()) < tolerance, name
+    for key, moment in moments.items():
+        assert error(state[key], moment.flatten()) < (of_moments or 5 * tolerance), key
+    for (norm, coefficient), expected in zip(record, norms):
+        assert norm == pytest.approx(expected, rel=tolerance)
+        assert coefficient == pytest.approx(min(1, OPTIM.clip / expected), rel=tolerance)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("engine", ["whole", "deepspeed"])
 @pytest.mark.parametrize(
@@ -193,15 +243,50 @@ def error(a, b):
     [(torch.float32, 1e-6), (torch.bfloat16, 2e-5)],
 )
 def test_equals_one_process(layout, engine, dtype, tolerance):
-    masters, moments, norms = reference(dtype, 4)
-    state, record = run(layout, engine, dtype)
-    for name in TOYS:
-        assert error(state[f"{name}.master"], masters[name].flatten()) < tolerance, name
-        for key, moment in zip(("exp_avg", "exp_avg_sq"), moments[name]):
-            assert error(state[f"{name}.{key}"], moment.flatten()) < 5 * tolerance, (name, key)
-    for (norm, coefficient), expected in zip(record, norms):
-        assert norm == pytest.approx(expected, rel=tolerance)
-        assert coefficient == pytest.approx(min(1, HYPER.clip / expected), rel=tolerance)
+    compare(run(layout, engine, dtype), reference(dtype, 4), tolerance)
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 2), (2, 1, 2)])
+def test_bf16_moments(layout):
+    """FP32 masters over BF16 moments. A moment on the other side of a rounding border is 2^-8 off, and few are."""
+    optim = replace(OPTIM, moments="auto")
+    got = run(layout, "whole", torch.bfloat16, optim=optim)
+    assert {t.dtype for k, t in got[0].items() if "exp_avg" in k} == {torch.bfloat16}
+    compare(got, reference(torch.bfloat16, 4, optim), 2e-5, of_moments=5e-4)
+
+
+MUON = replace(OPTIM, algorithm="muon")
+# Newton-Schulz in BF16: an input on the other side of a rounding border moves the update by 2^-9, and that by a hundredth of the weight.
+MUON_TOLERANCE = 3e-4
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2), (1, 1, 4), (1, 4, 1), (2, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_equals_one_process(layout, dtype):
+    optim = replace(MUON, moments="auto")
+    compare(run(layout, "whole", dtype, optim=optim), reference(dtype, 4, optim), MUON_TOLERANCE, of_moments=1e-3)
+
+
+def test_muon_in_fp64_has_no_rounding_to_amplify():
+    """Torch's Muon always rounds to BF16, so here two layouts are compared."""
+    (one, _), (four, _) = (run(layout, "whole", torch.float64, optim=MUON) for layout in ((1, 1, 1), (1, 2, 2)))
+    assert max(error(four[k], one[k]) for k in one) < 1e-12
+
+
+@pytest.mark.parametrize("engine, algorithm", [("whole", "adamw"), ("whole", "muon"), ("deepspeed", "adamw")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offload_changes_nothing(engine, algorithm, dtype):
+    """The same arithmetic elsewhere. Two ranks to a sum and no clip: nothing but the cut of the AdamW kernel's vectors may differ."""
+    optim = replace(OPTIM, algorithm=algorithm, clip=1e9, moments="auto")
+    here, there = (run((1, 2, 1), engine, dtype, steps=3, optim=replace(optim, offload=offload)) for offload in (False, True))
+    assert max(error(there[0][k], here[0][k]) for k in here[0]) < 1e-7
+    assert [a for a, _ in there[1]] == pytest.approx([a for a, _ in here[1]], rel=1e-7)
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 2), (2, 2, 1)])
+@pytest.mark.parametrize("engine", ["whole", "deepspeed"])
+def test_offload_equals_one_process(layout, engine):
+    compare(run(layout, engine, torch.float32, optim=replace(OPTIM, offload=True)), reference(torch.float32, 4), 1e-6)
 
 
 def test_fp64_equals_one_process():
@@ -212,9 +297,9 @@ def test_fp64_equals_one_process():
 
 
 def test_small_norms_are_not_clipped():
-    hyper = replace(HYPER, clip=1e6)
-    masters, _, _ = reference(torch.float32, 2, hyper)
-    state, record = run((1, 2, 2), "whole", torch.float32, steps=2, hyper=hyper)
+    optim = replace(OPTIM, clip=1e6)
+    masters, _, _ = reference(torch.float32, 2, optim)
+    state, record = run((1, 2, 2), "whole", torch.float32, steps=2, optim=optim)
     assert [coefficient for _, coefficient in record] == [1.0, 1.0]
     assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 1e-6
 
@@ -230,7 +315,7 @@ def test_norm_counts_every_element_once(layout, engine):
     def body():
         mesh = Mesh(layout)
         specs = mesh.specs(torch.float32)
-        optimizer = make_optimizer(engine, specs, HYPER)
+        optimizer = make_optimizer(replace(OPTIM, engine=engine), specs)
         for s in specs:
             s.param.main_grad.fill_(TOYS[s.name].size / dist.get_world_size(s.group))
         optimizer.reduce()
@@ -260,10 +345,10 @@ def test_engines_are_equal(layout, dtype):
     So what differs between reduction kinds is nothing, and between engines, which cut elsewhere, the last bit: torch's AdamW rounds
     otherwise in the last few elements of a tensor, which it does not vectorise.
     """
-    hyper = replace(HYPER, clip=1e9)
+    optim = replace(OPTIM, clip=1e9)
     whole, deepspeed, one_call = (
-        run(layout, engine, dtype, steps=3, hyper=hyper)[0]
-        for engine in ("whole", "deepspeed", lambda specs: WholeOptimizer(specs, hyper, in_one_call=True))
+        run(layout, engine, dtype, steps=3, optim=optim)[0]
+        for engine in ("whole", "deepspeed", lambda specs: WholeOptimizer(specs, optim, in_one_call=True))
     )
     assert all(torch.equal(whole[k], one_call[k]) for k in whole)
     assert max(error(deepspeed[k], whole[k]) for k in whole) < 1e-7
@@ -273,7 +358,7 @@ def test_engines_are_equal(layout, dtype):
 def test_one_call_equals_one_process(layout):
     """The reduce-scatter and all-gather that GPUs use."""
     masters, _, norms = reference(torch.bfloat16, 4)
-    state, record = run(layout, lambda specs: WholeOptimizer(specs, HYPER, in_one_call=True), torch.bfloat16)
+    state, record = run(layout, lambda specs: WholeOptimizer(specs, OPTIM, in_one_call=True), torch.bfloat16)
     assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 2e-5
     assert [norm for norm, _ in record] == pytest.approx(norms, rel=2e-5)
 
@@ -301,20 +386,12 @@ def test_groups_meet_in_one_order():
     assert first.index(("z",)) == 0 and last.index(("z",)) == 2  # by ranks: [0] < [0, 1] < [1]
 
 
-def test_units_stay_whole_and_change_nothing():
-    def unit(name):
-        shape = TOYS[name].shape
-        return math.prod(shape[-2:]) if len(shape) > 1 else 1
-
-    layout = (1, 2, 2)
-    ranks = fork_ranks(4, lambda: train(layout, lambda specs: make_optimizer("whole", specs, HYPER), torch.float32, 1, unit=unit))
-    for pieces, _, _ in ranks:
+def test_no_matrix_is_parted():
+    for pieces, _, _ in fork_ranks(4, lambda: train((1, 2, 2), lambda s: make_optimizer(MUON, s), torch.float32, 1, algorithm="muon")):
         for key, (_, offset, data) in pieces.items():
-            size = unit(key.rsplit(".", 1)[0])
+            toy = TOYS[key.rsplit(".", 1)[0]]
+            size = math.prod(toy.shape[-2:]) if toy.rows else 1
             assert offset % size == len(data) % size == 0, f"{key} was parted at {offset} or {offset + len(data)}"
-    masters, _, _ = reference(torch.float32, 4)
-    state, _ = run(layout, "whole", torch.float32, unit=unit)
-    assert max(error(state[f"{n}.master"], masters[n].flatten()) for n in TOYS) < 1e-6
 
 
 # ---------------------------------------------------------------- cuts
@@ -329,23 +406,58 @@ def test_even_cuts(total, ranks):
 
 
 @given(
-    stages=st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=6), min_size=1, max_size=4),
+    stages=st.lists(
+        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50), st.integers(1, 1000)), min_size=1, max_size=6), min_size=1, max_size=4
+    ),
     ranks=st.integers(1, 9),
 )
 def test_unit_cuts(stages, ranks):
-    """Stages of runs of (count, unit)."""
+    """Stages of runs of (units, elements of a unit, cost of a unit)."""
     load, largest, total = [0] * ranks, 0, 0
     for runs in stages:
-        cuts = unit_cuts([(count * unit, unit) for count, unit in runs], load)
-        borders = {0}
-        for count, unit in runs:
-            borders |= {max(borders) + unit * (i + 1) for i in range(count)}
-        assert cuts == sorted(cuts) and len(cuts) == ranks + 1 and cuts[0] == 0 and cuts[-1] == max(borders)
-        assert set(cuts) <= borders, "a cut inside a unit"
-        largest, total = max(largest, *(unit for _, unit in runs)), total + max(borders)
-        assert sum(load) == total
+        cuts, work = unit_cuts(runs, load)
+        cost_at, cost = {0: 0}, 0  # border -> cost before it
+        for units, size, price in runs:
+            for _ in range(units):
+                cost += price
+                cost_at[max(cost_at) + size] = cost
+        assert cuts == sorted(cuts) and len(cuts) == ranks + 1 and cuts[0] == 0 and cuts[-1] == max(cost_at)
+        assert set(cuts) <= cost_at.keys(), "a cut inside a unit"
+        assert work == [cost_at[high] - cost_at[low] for low, high in itertools.pairwise(cuts)]
+        load = [a + b for a, b in zip(load, work)]
+        largest, total = max(largest, *(price for *_, price in runs)), total + cost
     if len(stages) == 1:
         assert max(load) <= total / ranks + largest
+
+
+def test_work_is_balanced_over_stages_and_groups():
+    """Two stages; dense weights replicated four times, experts twice. Ranks of a group agree, and no rank waits long for another."""
+
+    def body():
+        mesh = Mesh((1, 2, 2))
+
+        def spec(name, shape, group, stage):
+            matrices = ((shape[-2], shape[-1]),)
+            return Spec(
+                name=name, param=nn.Parameter(torch.zeros(shape)), group=group, numel=math.prod(shape), stage=stage, matrices=matrices
+            )
+
+        buffers, kinds = [], []
+        for stage in (0, 1):
+            buffers.append([spec(f"{stage}.attn{i}", (96, 64), mesh.dense, stage) for i in range(3)])
+            buffers.append([spec(f"{stage}.experts", (8, 64, 48), mesh.expert, stage)])
+            kinds += [(mesh.dense, 96 * 64 * 64, 96 * 64), (mesh.expert, 64 * 48 * 48, 64 * 48)]
+        cuts, work = all_cuts(buffers), 0
+        for (group, price, size), c in zip(kinds, cuts):
+            mine = dist.get_rank(group)
+            work += price * (c[mine + 1] - c[mine]) // size
+        return cuts, work, dist.get_process_group_ranks(mesh.expert)
+
+    ranks = fork_ranks(4, body, timeout_s=60)
+    assert all(cuts[0] == ranks[0][0][0] and cuts[2] == ranks[0][0][2] for cuts, _, _ in ranks), "ranks disagree about dense weights"
+    assert all(cuts == ranks[replicas[0]][0] for cuts, _, replicas in ranks), "ranks disagree about experts"
+    work = [w for _, w, _ in ranks]
+    assert max(work) <= sum(work) / 4 + 96 * 64 * 64  # one matrix
 
 
 # ---------------------------------------------------------------- misuse
@@ -374,7 +486,7 @@ def small(**changes):
     ],
 )
 def test_wrong_order_is_refused(engine, calls, message):
-    assert message in one_rank(lambda: calls(make_optimizer(engine, [small()], HYPER)))
+    assert message in one_rank(lambda: calls(make_optimizer(replace(OPTIM, engine=engine), [small()])))
 
 
 @pytest.mark.parametrize(
@@ -383,19 +495,20 @@ def test_wrong_order_is_refused(engine, calls, message):
         ({"param": nn.Parameter(torch.ones(4, 2).half())}, "w: weights of torch.float16"),
         ({"param": nn.Parameter(torch.ones(2, 4).t())}, "w: weights must be contiguous"),
         ({"offset": 4}, "w: a slab of 8 at 4 does not fit into 8"),
-        ({"unit": 3}, "w: slab of 8 at 0 is not made of units of 3"),
+        ({"matrices": ((1, 3),)}, "w: slab of 8 at 0 is not made of units of 3"),
     ],
 )
 def test_impossible_specs_are_refused(changes, message):
-    assert message in one_rank(lambda: make_optimizer("whole", [small(**changes)], HYPER))
+    assert message in one_rank(lambda: make_optimizer(OPTIM, [small(**changes)]))
 
 
 def test_more_impossible_specs():
     double = small(name="v", param=nn.Parameter(torch.ones(4, 2).double()))
-    assert "named twice: w" in one_rank(lambda: make_optimizer("whole", [small(), small()], HYPER))
-    assert "FP64 weights on their own" in one_rank(lambda: make_optimizer("whole", [small(), double], HYPER))
-    assert "cannot hold v (torch.float64, unit 1): use optim.engine=whole" in one_rank(lambda: make_optimizer("deepspeed", [double], HYPER))
-    assert "must be one of whole, deepspeed" in one_rank(lambda: make_optimizer("sgd", [small()], HYPER))
+    assert "named twice: w" in one_rank(lambda: make_optimizer(OPTIM, [small(), small()]))
+    assert "FP64 weights on their own" in one_rank(lambda: make_optimizer(OPTIM, [small(), double]))
+    deepspeed = replace(OPTIM, engine="deepspeed")
+    assert "cannot hold v (torch.float64, unit 1): use optim.engine=whole" in one_rank(lambda: make_optimizer(deepspeed, [double]))
+    assert "must be one of whole, deepspeed" in one_rank(lambda: make_optimizer(replace(OPTIM, engine="sgd"), [small()]))
 
 
 @pytest.mark.parametrize("engine", ["whole", "deepspeed"])
@@ -404,7 +517,7 @@ def test_autograd_leaves_main_gradients_alone(engine):
 
     def body():
         spec = small()
-        optimizer = make_optimizer(engine, [spec], HYPER)
+        optimizer = make_optimizer(replace(OPTIM, engine=engine), [spec])
         spec.param.sum().backward()
         assert spec.param.grad.sum() == 8 and spec.param.main_grad.count_nonzero() == 0
         spec.param.main_grad += spec.param.grad

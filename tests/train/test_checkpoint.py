@@ -8,16 +8,18 @@ import pickle
 import shutil
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from shoestring.conf.schema import OptimConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel import deepspeed_zero
 from shoestring.parallel.optimizer import make_optimizer
-from shoestring.parallel.zero import AdamW, Chunk, Spec
+from shoestring.parallel.zero import Chunk, Spec, may_lack
 from shoestring.train import checkpoint as checkpoint_module
 from shoestring.train import manifest as manifest_module
 from shoestring.train.checkpoint import Archive, Checkpointer, CheckpointError, find_latest, names, read_extra, read_full
@@ -463,14 +465,14 @@ def test_manifest_lists_every_file(good):
 # ---------------------------------------------------------------- optimizers, layouts, engines
 
 SHAPES = {"embed": (101, 36), "norm": (36,), "0.experts": (8, 20, 36), "1.experts": (8, 36, 10)}
-HYPER = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+OPTIM = OptimConfig(lr=0.0, moments="fp32")
 
 
 def noise(text, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
 
 
-def build(layout, engine, dtype):
+def build(layout, engine, dtype, optim=OPTIM, muon=False):
     pp, edp, ep = layout
     rank, dp = dist.get_rank(), edp * ep
     dense = [dist.new_group(range(p * dp, (p + 1) * dp)) for p in range(pp)][rank // dp]
@@ -489,9 +491,10 @@ def build(layout, engine, dtype):
                     numel=full.numel(),
                     offset=local.numel() * (rank % ep) if expert else 0,
                     decay=name != "norm",
+                    matrices=(shape[1:],) if muon and expert else (),
                 )
             )
-    return make_optimizer(engine, specs, HYPER)
+    return make_optimizer(replace(optim, engine=engine), specs)
 
 
 def train(optimizer, steps):
@@ -508,14 +511,14 @@ def train(optimizer, steps):
     return norms
 
 
-def job(folder, layout, engine, dtype, *, load=None, plan=()):
+def job(folder, layout, engine, dtype, *, load=None, plan=(), **options):
     """Load the checkpoint numbered `load`; then for each (steps, number) train and save. The norms, and each rank's weights."""
 
     def body():
-        optimizer, norms = build(layout, engine, dtype), []
+        optimizer, norms = build(layout, engine, dtype, **options), []
         c = checkpointer(folder, keep_last=99)
         if load is not None:
-            optimizer.load_state(c.load(folder / f"step_{load:08d}", optimizer.state())["steps"])
+            optimizer.load_state(c.load(folder / f"step_{load:08d}", optimizer.state(), optional=may_lack)["steps"])
         for steps, number in plan:
             norms += train(optimizer, steps)
             c.save(number, optimizer.state(), {"steps": optimizer.steps})
@@ -564,3 +567,82 @@ def test_training_goes_on_the_same_on_another_layout(tmp_path):
     for engine, layout in (("deepspeed", (2, 1, 2)), ("whole", (1, 1, 1))):
         resumed, _ = job(tmp_path, layout, engine, torch.float32, load=1, plan=[(3, 3)])
         assert resumed == pytest.approx(straight[3:], rel=1e-6)
+
+
+# ---------------------------------------------------------------- other algorithms, moments and averages
+
+
+def same(folder, one, other, names=None):
+    one, other = Archive(folder / f"step_{one:08d}"), Archive(folder / f"step_{other:08d}")
+    assert names or one.names() == other.names()
+    return [n for n in names or one.names() if not torch.equal(one.read(n), other.read(n))] == []
+
+
+EVERYTHING = dict(optim=replace(OPTIM, moments="auto", ema_decay=0.9), muon=True)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_everything_resumes_and_reshards(tmp_path, offload):
+    """Muon, BF16 moments and an average: a killed run ends where an unbroken one does; other layouts load what was saved."""
+    options = EVERYTHING | {"optim": replace(EVERYTHING["optim"], offload=offload)}
+    straight, _ = job(tmp_path, (1, 2, 2), "whole", torch.bfloat16, plan=[(3, 1), (3, 2)], **options)
+    resumed, _ = job(tmp_path, (1, 2, 2), "whole", torch.bfloat16, load=1, plan=[(3, 3)], **options)
+    assert resumed == straight[3:] and same(tmp_path, 2, 3)
+    kinds = {n.split(".", 1)[1] if n[0] not in "01" else n.split(".")[2] for n in names(tmp_path / "step_00000002")}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    for number, layout in enumerate([(1, 1, 4), (2, 2, 1), (1, 1, 1), (1, 2, 2)], 4):
+        job(tmp_path, layout, "whole", torch.bfloat16, load=number - 1, plan=[(0, number)], **options)
+        assert same(tmp_path, 3, number), layout
+
+
+def test_deepspeed_averages_and_offloads_too(tmp_path):
+    options = dict(optim=replace(OPTIM, ema_decay=0.9, offload=True))
+    job(tmp_path, (1, 2, 2), "deepspeed", torch.bfloat16, plan=[(3, 1), (3, 2)], **options)
+    job(tmp_path, (1, 2, 2), "deepspeed", torch.bfloat16, load=1, plan=[(3, 3)], **options)
+    assert same(tmp_path, 2, 3)
+    job(tmp_path, (2, 2, 1), "whole", torch.bfloat16, load=3, plan=[(0, 4)], **options)
+    assert same(tmp_path, 3, 4)
+
+
+def test_moments_are_rounded_once_between_engines(tmp_path):
+    """FP32 moments of `deepspeed` become BF16 ones of `whole`, to the nearest; back again nothing is lost."""
+    job(tmp_path, (1, 2, 1), "deepspeed", torch.bfloat16, plan=[(3, 1)])
+    job(tmp_path, (1, 1, 2), "whole", torch.bfloat16, load=1, plan=[(0, 2)], optim=replace(OPTIM, moments="auto"))
+    job(tmp_path, (1, 2, 1), "deepspeed", torch.bfloat16, load=2, plan=[(0, 3)])
+    fp32, bf16, again = (Archive(tmp_path / f"step_{n:08d}") for n in (1, 2, 3))
+    for name in fp32.names():
+        want = fp32.read(name) if name.endswith(".master") else fp32.read(name).bfloat16()
+        assert torch.equal(bf16.read(name), want) and torch.equal(again.read(name), want.float()), name
+
+
+def test_an_average_begins_where_it_is_first_wanted(tmp_path):
+    """At the masters as loaded; then it is decay * average + (1 - decay) * master of each step. Who wants none may leave it behind."""
+    averaged = dict(optim=replace(OPTIM, ema_decay=0.75))
+    job(tmp_path, (1, 2, 1), "whole", torch.bfloat16, plan=[(2, 0)])
+    job(tmp_path, (1, 1, 2), "whole", torch.bfloat16, load=0, plan=[(0, 1), (1, 2), (1, 3)], **averaged)
+    at = [Archive(tmp_path / f"step_{n:08d}") for n in range(4)]
+    for name in SHAPES:
+        average = at[0].read(f"{name}.master")
+        assert torch.equal(at[1].read(f"{name}.ema"), average)
+        for archive in at[2:]:
+            average = 0.75 * average + 0.25 * archive.read(f"{name}.master")
+            assert torch.allclose(archive.read(f"{name}.ema"), average, rtol=1e-6, atol=1e-8)
+    job(tmp_path, (1, 1, 1), "whole", torch.bfloat16, load=3, plan=[(0, 4)])
+    assert same(tmp_path, 3, 4, at[0].names())
+
+
+def test_a_run_that_changes_algorithm(tmp_path):
+    """AdamW -> Muon -> AdamW. Muon goes on with the first moment; AdamW, which has no second, begins with neither."""
+    rate, first = 1e-2, replace(OPTIM, weight_decay=0.0, clip=1e9)
+    job(tmp_path, (1, 2, 1), "whole", torch.float32, plan=[(3, 0)], optim=first)
+    job(tmp_path, (1, 2, 1), "whole", torch.float32, load=0, plan=[(0, 1), (3, 2)], optim=first, muon=True)
+    job(tmp_path, (1, 2, 1), "whole", torch.float32, load=2, plan=[(0, 3), (1, 4)], optim=first)
+    at = [Archive(tmp_path / f"step_{n:08d}") for n in range(5)]
+    assert torch.equal(at[0].read("0.experts.exp_avg"), at[1].read("0.experts.exp_avg"))
+    assert "0.experts.exp_avg_sq" not in at[1].names() and "embed.exp_avg_sq" in at[1].names()
+    assert torch.equal(at[2].read("embed.exp_avg"), at[3].read("embed.exp_avg"))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert not at[3].read(f"0.experts.{key}").any()
+    assert at[2].read("0.experts.exp_avg").any()
+    longest = (at[4].read("0.experts.master") - at[3].read("0.experts.master")).abs().max()
+    assert 0 < longest <= 1.2 * rate
