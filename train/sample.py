@@ -130,7 +130,7 @@ def choose(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> int
     """A token by its logits. Of equally likely ones at the edge of `top_p`, the smaller id is taken first."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    sorted_V, order_V = ((logits_V.double() - logits_V.max()) / sampling.temperature).softmax(0).sort(descending=True, stable=True)
+    sorted_V, order_V = (logits_V.double() / sampling.temperature).softmax(0).sort(descending=True, stable=True)
     before_V = sorted_V.cumsum(0) - sorted_V
     nucleus_V = sorted_V.where(before_V < sampling.top_p, 0.0)
     return int(order_V[nucleus_V.multinomial(1, generator=random)])

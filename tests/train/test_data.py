@@ -124,7 +124,7 @@ def test_any_world_size_resumes_at_any_position(corpus, start, count, world, lat
     assert together == sorted(rows(stream))
 
 
-@pytest.mark.parametrize("extra", [1, 3])
+@pytest.mark.parametrize("extra", [1, 7])  # 7 of 8: the last sample is nearly always missing
 def test_samples_with_extra_targets(tmp_path, documents, extra):
     """For each extra token a sample goes on into the next ones; the last sample is there only if its extra tokens are."""
     splits = ([], [])
