@@ -120,22 +120,40 @@ def _words(args: argparse.Namespace) -> list[str]:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory (its newest checkpoint) or one checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new folder for config.json, safetensors and the tokenizer")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp64", "fp8"], default="auto",
+                        help="of the weights there; fp8 as DeepSeek-V3 was released (default: the run's)")  # fmt: skip
+    parser.add_argument("--weights", choices=["master", "ema"], default="master", help="those trained, or their moving average")
 
 
 def _export(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    print(_call("shoestring.train.hf:export", args.source, args.out))
+    print(_call("shoestring.train.hf:export", args.source, args.out, dtype=args.dtype, weights=args.weights))
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="a Hugging Face DeepSeek-V3 checkpoint on this machine")
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="a Hugging Face DeepSeek checkpoint on this machine; FP8 too")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new folder for the checkpoint")
-    parser.add_argument("--skip-mtp", action="store_true", help="leave out layers for multi-token prediction")
+    parser.add_argument("--mtp", choices=["check", "shared-from-main", "skip"], default="check",
+                        help="layers for multi-token prediction, whose embedding and head must equal the model's (check), "
+                             "are taken to (shared-from-main), or which are left out (skip)")  # fmt: skip
+    parser.add_argument("--skip-mtp", dest="mtp", action="store_const", const="skip", help="the same as --mtp skip")
 
 
 def _import(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    print(_call("shoestring.train.hf:import_", args.hf_dir, args.out, skip_mtp=args.skip_mtp))
+    print(_call("shoestring.train.hf:import_", args.hf_dir, args.out, mtp=args.mtp))
+
+
+def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a dense run, checkpoint, or Hugging Face folder: no block has routing")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new folder for the checkpoint")
+    _config_arguments(parser)
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    config = load(args.overrides, args.config_dir)
+    environment.prepare(threads=1)
+    print(_call("shoestring.train.upcycle:upcycle", args.source, args.out, config.model, seed=config.train.seed))
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,16 +208,25 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        help="write a checkpoint as a Hugging Face DeepSeek-V3 model",
+        help="write a checkpoint as a Hugging Face DeepSeek model",
         arguments=_export_arguments,
         run=_export,
-        examples=("shoestring export runs/tiny out/tiny-hf",),
+        examples=("shoestring export runs/tiny out/tiny-hf", "shoestring export runs/tiny out/tiny-fp8 --dtype fp8 --weights ema"),
     ),
     "import": Command(
-        help="read a Hugging Face DeepSeek-V3 model into a checkpoint",
+        help="read a Hugging Face DeepSeek model into a checkpoint",
         arguments=_import_arguments,
         run=_import,
-        examples=("shoestring import path/to/model out/start",),
+        examples=(
+            "shoestring import path/to/model out/start",
+            "shoestring train --config-dir out/start model=imported checkpoint.resume=out/start",
+        ),
+    ),
+    "upcycle": Command(
+        help="make a dense model a mixture of experts to train on",
+        arguments=_upcycle_arguments,
+        run=_upcycle,
+        examples=("shoestring upcycle runs/dense out/moe model=small model.top_k=8",),
     ),
     "data": Command(
         help="prepare data ahead of a run",

@@ -148,16 +148,23 @@ class Archive:
     def numel(self, name: str) -> int:
         return self._saved[name].size.numel()
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor `name`, flat, (numel,), in the dtype it was saved in."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements `start` to `stop` (None: the last) of the tensor `name`, flattened, in the dtype it was saved in.
+
+        Only these are read: memory is theirs, however large the pieces are that ranks have written.
+        """
         if name not in self._saved:
             raise CheckpointError(f"{self._reader.checkpoint_id} does not hold {name!r}")
-        whole = torch.empty(self.numel(name), dtype=self._saved[name].properties.dtype)
+        numel, dtype = self.numel(name), self._saved[name].properties.dtype
+        stop = numel if stop is None else stop
+        assert 0 <= start <= stop <= numel, (name, start, stop, numel)
+        wanted = torch.empty(stop - start, dtype=dtype)
         planner = ChunkLoadPlanner(lambda name: False)
-        planner.set_up_planner({name: Chunk(len(whole), 0, whole)}, self._reader.metadata, True)
-        plan = self._reader.prepare_local_plan(planner.create_local_plan())
-        self._reader.read_data(plan, planner).wait()
-        return whole
+        planner.set_up_planner({name: Chunk(numel, start, wanted)}, self._reader.metadata)
+        for item in self._reader.prepare_local_plan(planner.create_local_plan()).items:
+            low, count = item.dest_offsets[0], item.lengths[0]
+            wanted[low : low + count] = self._reader.read_part(item.storage_index, item.storage_offsets[0], count, dtype)
+        return wanted
 
 
 def names(path: Path) -> list[str]:

@@ -1,12 +1,13 @@
-"""To and from Hugging Face: runs become DeepSeek-V3 checkpoints that `transformers` loads, and such checkpoints become models.
+"""To and from Hugging Face: runs become DeepSeek checkpoints that `transformers` loads, and such checkpoints become models.
 
-Everything is streamed: in memory are one weight of ours and one shard of theirs.
+Everything is streamed, a few million elements at a time. Whatever the size of model, tensors and shards, a conversion (`export`,
+`import_`) holds less than `CONVERSION_BYTES` of memory beyond what the process had before, and 5 KB for each tensor it has to list.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +17,17 @@ from torch import Tensor
 
 from ..conf.compose import load_saved
 from ..conf.schema import ModelConfig
-from .hf_checkpoint import CheckpointWeights, find_checkpoint, write_first
-from .hf_files import HFFolder, NewFolder, matched, write_json, write_shards
+from .hf_checkpoint import CheckpointWeights, Rows, find_checkpoint, write_first
+from .hf_files import SCALE, HFFolder, NewFolder, Stored, matched, write_json, write_shards
 from .hf_format import STORED_DTYPES, HFError, Piece, model_config_from_hf, pieces, stored_dtype, to_hf_config, weight_shapes
+from .hf_fp8 import grid, quantise, scales
 from .model import DTYPES, CausalLM
 from .tokenizer import load_tokenizer
 
-__all__ = ["HFError", "ModelWeights", "WeightSource", "export", "import_", "load_pretrained", "write"]
+__all__ = ["CONVERSION_BYTES", "HFError", "ModelWeights", "WeightSource", "export", "import_", "load_pretrained", "write"]
+
+CONVERSION_BYTES = 256 * 2**20
+MTP = ("check", "shared-from-main", "skip")
 
 
 class WeightSource(Protocol):
@@ -32,8 +37,8 @@ class WeightSource(Protocol):
         """Global names of all weights and selection biases."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """The whole weight, all experts, flattened or not."""
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the weight, all experts, flattened."""
         ...
 
 
@@ -46,27 +51,28 @@ class ModelWeights:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name].detach().view(-1)[start:stop]
 
 
 # ---------------------------------------------------------------- out
 
 
-def export(source: str | Path, out: str | Path, *, dtype: str = "auto", max_shard_bytes: float = 5e9) -> Path:
+def export(source: str | Path, out: str | Path, *, dtype: str = "auto", weights: str = "master", max_shard_bytes: float = 5e9) -> Path:
     """Write the newest checkpoint of the run directory `source` (or one checkpoint folder) as a Hugging Face checkpoint `out`.
 
-    `dtype`: fp32, bf16, fp64, or auto, the one that the run computed in. The run's tokenizer goes along. Returns the checkpoint that was
-    exported. Raises HFError as `write` does, and CheckpointError where the checkpoint is damaged.
+    `dtype`: fp32, bf16, fp64, fp8, or auto, the one that the run computed in. `weights`: master, or ema, the average of them that the
+    run kept. The run's tokenizer goes along. Returns the checkpoint that was exported. Raises HFError as `write` does, and
+    CheckpointError where the checkpoint is damaged.
     """
     checkpoint, run_dir = find_checkpoint(Path(source))
-    weights = CheckpointWeights(checkpoint)
+    held = CheckpointWeights(checkpoint, weights)
     tokenizer, saved = run_dir / "tokenizer.json", run_dir / "config.yaml"
     write(
-        weights,
-        weights.m,
+        held,
+        held.m,
         Path(out),
-        dtype=weights.precision if dtype == "auto" else dtype,
+        dtype=held.precision if dtype == "auto" else dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         end_of_document=load_saved(saved).data.tokenizer.end_of_document if saved.is_file() else "",
@@ -84,34 +90,42 @@ def write(
     tokenizer: Path | None = None,
     end_of_document: str = "",
 ) -> None:
-    """Write a checkpoint folder `out`, its weights stored as `dtype` (fp32, bf16, fp64), the selection bias always in float32.
+    """Write a checkpoint folder `out`, its weights stored as `dtype`, the selection bias always in float32.
 
-    `tokenizer`: a tokenizer.json to ship. The folder has its name only once it is whole. Raises HFError where `out` exists and is not
-    empty, and where the source does not hold exactly the model's weights; nothing is left behind then.
+    `dtype`: fp32, bf16, fp64, or fp8: the linear layers of attention, dense blocks and experts in E4M3 with a scale per 128 x 128, as
+    DeepSeek-V3 was released, and the rest in BF16. `tokenizer`: a tokenizer.json to ship. The folder has its name only once it is whole.
+    Raises HFError where `out` exists and is not empty, where the source does not hold exactly the model's weights, and for a model that
+    no released architecture computes; nothing is left behind then.
     """
     if dtype not in STORED_DTYPES:
         raise HFError(f"dtype = {dtype}: must be auto or one of {', '.join(STORED_DTYPES)}")
-    wanted = list(pieces(m))
+    config = to_hf_config(m, dtype)
     _check_source(source, m)
     with NewFolder(out) as folder:
         eod_id = None
         if tokenizer is not None:
             eod_id = _write_tokenizer(tokenizer, end_of_document, folder, m.max_seq_len)
-        write_json(folder / "config.json", to_hf_config(m, dtype, end_of_document=eod_id))
+        write_json(folder / "config.json", config | {"eos_token_id": eod_id})
         write_json(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": None, "eos_token_id": eod_id})
-        dtype_of = lambda piece: torch.float32 if piece.is_selection_bias else DTYPES[dtype]
-        sizes = [p.numel * dtype_of(p).itemsize for p in wanted]
-        write_shards(folder, _cut(source, m, wanted, dtype_of), sizes, max_shard_bytes)
+        tensors = [stored for p in pieces(m) if not p.implied for stored in _stored(p, dtype, partial(read_rows, source))]
+        write_shards(folder, tensors, max_shard_bytes)
 
 
-def _cut(source: WeightSource, m: ModelConfig, wanted: list[Piece], dtype_of: Callable) -> Iterator[tuple[Piece, Tensor]]:
-    """Each piece with its tensor; each weight is read once, and dropped before the next."""
-    shapes = weight_shapes(m)
-    for weight, parts in groupby(wanted, key=lambda p: p.weight):
-        flat = source.read(weight).flatten() if weight in shapes else torch.empty(0)
-        for p in parts:
-            yield p, flat[p.offset : p.offset + p.numel].view(p.shape).to(dtype_of(p), copy=True)
-        del flat
+def read_rows(source: WeightSource, piece: Piece, first: int, last: int) -> Tensor:
+    """Rows of a piece, as (rows, columns); of a vector, its elements."""
+    start, stop = (piece.offset + row * piece.row_numel for row in (first, last))
+    return source.read(piece.weight, start, stop).view(last - first, *piece.shape[1:])
+
+
+def _stored(piece: Piece, dtype: str, read: Rows) -> Iterator[Stored]:
+    blocks = lambda convert: lambda: (convert(read(piece, *rows)) for rows in piece.blocks())
+    if dtype == "fp8" and piece.quantised:
+        yield Stored(name=piece.name, shape=piece.shape, dtype=torch.float8_e4m3fn, blocks=blocks(quantise))
+        if piece.numel:
+            yield Stored(name=piece.name + SCALE, shape=grid(piece.shape), dtype=torch.float32, blocks=blocks(scales))
+        return
+    kept = torch.float32 if piece.is_selection_bias else DTYPES["bf16" if dtype == "fp8" else dtype]
+    yield Stored(name=piece.name, shape=piece.shape, dtype=kept, blocks=blocks(lambda rows: rows.to(kept)))
 
 
 def _check_source(source: WeightSource, m: ModelConfig) -> None:
@@ -120,6 +134,10 @@ def _check_source(source: WeightSource, m: ModelConfig) -> None:
         raise HFError(f"the run's weights lack {', '.join(missing[:4])} (of {len(missing)}): is its config.yaml that of another model?")
     if extra := sorted(held - wanted):
         raise HFError(f"the run has weights that its model does not: {', '.join(extra[:4])} (of {len(extra)})")
+    for p in pieces(m):
+        if p.implied and read_rows(source, p, 0, p.shape[0]).any():
+            raise HFError(f"{p.weight} is not zero, and a softmax router has no selection bias in a released checkpoint: "
+                          "train with optim.bias_update_speed=0")  # fmt: skip
 
 
 def _write_tokenizer(path: Path, end_of_document: str, folder: Path, max_seq_len: int) -> int:
@@ -139,44 +157,63 @@ def _write_tokenizer(path: Path, end_of_document: str, folder: Path, max_seq_len
 # ---------------------------------------------------------------- in
 
 
-def import_(hf_dir: str | Path, out: str | Path, *, name: str = "imported", skip_mtp: bool = False) -> Path:
+def import_(hf_dir: str | Path, out: str | Path, *, name: str = "imported", mtp: str = "check") -> Path:
     """Make a Hugging Face checkpoint one that training starts from; returns that checkpoint.
 
-    out/checkpoints/step_00000000   FP32 masters, zero moments: for checkpoint.resume=
+    out/checkpoints/step_00000000   FP32 masters (FP8 is de-quantised), zero moments: for checkpoint.resume=
     out/model/NAME.yaml             the model: for --config-dir out model=NAME
     out/tokenizer.json              where the checkpoint has one: for data.tokenizer.path=
 
-    The folder has its name only once it is whole. Raises HFError as `load_pretrained` does, and where `out` is not empty.
+    `mtp`, of modules of multi-token prediction, which hold embedding and head once more: check (they must equal the model's),
+    shared-from-main (take the model's), skip (leave the modules out). The folder has its name only once it is whole. Raises HFError as
+    `load_pretrained` does, and where `out` is not empty.
     """
     out, folder = Path(out), HFFolder(Path(hf_dir))
-    m = model_config_from_hf(folder.config, name=name)
-    parts = matched(folder, m, skip_mtp=skip_mtp)
+    m = _model_of(folder, mtp, name=name)
+    parts = matched(folder, m, mtp=mtp)
     with NewFolder(out) as new:
-        (new / "model").mkdir()
-        (new / "model" / f"{name}.yaml").write_text(yaml.safe_dump(asdict(m), sort_keys=False), encoding="utf-8")
+        write_model(new, m)
         if (folder.path / "tokenizer.json").is_file():
             shutil.copyfile(folder.path / "tokenizer.json", new / "tokenizer.json")
         made = write_first(new / "checkpoints", m, parts, folder.read, precision=stored_dtype(folder.config))
     return out / made.relative_to(new)
 
 
-def load_pretrained(path: str | Path, *, dtype: str = "fp32", skip_mtp: bool = False) -> CausalLM:
-    """The model of a Hugging Face DeepSeek-V3 checkpoint, on the CPU: called with tokens (B, S) it returns logits (B, S, V).
+def write_model(folder: Path, m: ModelConfig) -> None:
+    """folder/model/NAME.yaml: for --config-dir folder model=NAME."""
+    (folder / "model").mkdir()
+    (folder / "model" / f"{m.name}.yaml").write_text(yaml.safe_dump(asdict(m), sort_keys=False), encoding="utf-8")
 
-    `dtype` of its weights: fp32, bf16, fp64, or auto (as stored; fp32 where that is float16). Reads model.safetensors or the files of
-    model.safetensors.index.json, tensor by tensor. Raises HFError for any tensor that is missing, unexpected or mis-shaped, and for a
-    config.json that asks for what this model does not compute.
+
+def load_pretrained(path: str | Path, *, dtype: str = "fp32", mtp: str = "check") -> CausalLM:
+    """The model of a Hugging Face DeepSeek checkpoint, on the CPU: called with tokens (B, S) it returns logits (B, S, V).
+
+    `dtype` of its weights: fp32, bf16, fp64, or auto (as stored; fp32 where that is float16, bf16 where it is fp8). `mtp` as in `import_`.
+    Reads model.safetensors or the files of model.safetensors.index.json. Raises HFError for any tensor that is missing, unexpected or
+    mis-shaped, and for a config.json that asks for what this model does not compute.
     """
     folder = HFFolder(Path(path))
-    m = model_config_from_hf(folder.config)
+    m = _model_of(folder, mtp)
     dtype = stored_dtype(folder.config) if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise HFError(f"dtype = {dtype}: must be auto or one of {', '.join(DTYPES)}")
-    parts = matched(folder, m, skip_mtp=skip_mtp)
+    parts = matched(folder, m, mtp=mtp)
     with torch.device("meta"):
         model = CausalLM(m, DTYPES[dtype])
     model.to_empty(device="cpu")
     tensors = {**dict(model.stage.named_parameters()), **dict(model.stage.named_buffers())}
+    for buffer in model.stage.buffers():
+        buffer.zero_()  # a softmax router's bias is not stored
     for p in parts:
-        tensors[p.weight].detach().view(-1)[p.offset : p.offset + p.numel].copy_(folder.read(p.name).view(-1))
+        flat = tensors[p.weight].detach().view(-1)
+        for first, last in p.blocks():
+            start, stop = (p.offset + row * p.row_numel for row in (first, last))
+            flat[start:stop].copy_(folder.read(p, first, last).view(-1))
     return model
+
+
+def _model_of(folder: HFFolder, mtp: str, name: str = "imported") -> ModelConfig:
+    if mtp not in MTP:
+        raise HFError(f"mtp = {mtp}: must be one of {', '.join(MTP)}")
+    config = folder.config | ({"num_nextn_predict_layers": 0} if mtp == "skip" else {})
+    return model_config_from_hf(config, name=name)

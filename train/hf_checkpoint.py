@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,28 +14,48 @@ from torch import Tensor
 from ..conf.schema import ModelConfig, YarnConfig
 from ..parallel.zero import Chunk
 from .checkpoint import Archive, commit, find_latest
-from .hf_format import HFError, Piece
+from .hf_format import HFError, Piece, pieces, weight_shapes
 from .manifest import MANIFEST
 from .storage import ChunkSavePlanner, HashedWriter, write_item
 
-MASTER, MOMENTS = ".master", (".exp_avg", ".exp_avg_sq")
+MASTER, MOMENTS, EMA = ".master", (".exp_avg", ".exp_avg_sq"), ".ema"
+BIAS = ".router.bias"
 FIRST = "step_00000000"
+WEIGHTS = {"master": MASTER, "ema": EMA}
+
+Rows = Callable[[Piece, int, int], Tensor]  # rows first to last of a piece, in any shape and dtype
 
 
 class CheckpointWeights:
-    """A checkpoint as a source of weights: the optimizer's FP32 masters, and the selection biases. Files are verified when read."""
+    """A checkpoint as a source of weights: the optimizer's FP32 masters (or their average, `kind` ema), and the selection biases.
 
-    def __init__(self, path: Path):
-        self._archive = Archive(path)
+    Files are verified when read. Experts that were moved between ranks (`placement` in the checkpoint's extra) are in order again.
+    """
+
+    def __init__(self, path: Path, kind: str = "master"):
+        if kind not in WEIGHTS:
+            raise HFError(f"weights = {kind}: must be one of {', '.join(WEIGHTS)}")
+        self._archive, self._suffix = Archive(path), WEIGHTS[kind]
+        if not any(name.endswith(self._suffix) for name in self._archive.names()):
+            raise HFError(f"{path}: holds no {kind} weights" + (": was optim.ema_decay 0?" if kind == "ema" else ""))
         fields = dict(self._archive.extra["model"])
         self.m = ModelConfig(**fields | {"yarn": YarnConfig(**fields["yarn"])}).freeze()
         self.precision: str = self._archive.extra["precision"]
+        placement = self._archive.extra.get("placement") or {}
+        self._slot_of = {int(layer): {e: slot for slot, e in enumerate(table)} for layer, table in placement.items()}
 
     def names(self) -> list[str]:
-        return [n.removesuffix(MASTER) for n in self._archive.names() if n.endswith((MASTER, ".router.bias"))]
+        return [n.removesuffix(self._suffix) for n in self._archive.names() if n.endswith((self._suffix, BIAS))]
 
-    def read(self, name: str) -> Tensor:
-        return self._archive.read(name if name.endswith(".router.bias") else name + MASTER)
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of the flattened weight; of experts, within one expert."""
+        key = name if name.endswith(BIAS) else name + self._suffix
+        if ".experts." in name and (slot_of := self._slot_of.get(int(name.split(".")[1]))):
+            size = self._archive.numel(key) // self.m.num_experts
+            expert = start // size
+            assert stop <= (expert + 1) * size, f"{name}: [{start}, {stop}) is not of one expert"
+            start, stop = (n + (slot_of[expert] - expert) * size for n in (start, stop))
+        return self._archive.read(key, start, stop)
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -48,42 +69,46 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     return found, folder.resolve().parent
 
 
-def write_first(folder: Path, m: ModelConfig, parts: list[Piece], read: Callable[[str], Tensor], *, precision: str) -> Path:
+def write_first(folder: Path, m: ModelConfig, parts: list[Piece], read: Rows, *, precision: str, layout: str = "imported") -> Path:
     """Write folder/step_00000000, with masters of FP32 and moments of zero, and point folder/latest at it.
 
-    Streams: each piece is asked for, by name, when its bytes are to be written.
+    `parts`: all pieces of the model but for copies and what is implied. Streams: `read` is asked for a block of rows when its bytes are
+    to be written.
     """
     unfinished, final = folder / f".{FIRST}.partial", folder / FIRST
-    extra = {"progress": {"step": 0}, "model": dataclasses.asdict(m), "layout": "imported", "precision": precision}
+    extra = {"progress": {"step": 0}, "model": dataclasses.asdict(m), "layout": layout, "precision": precision}
     writer = HashedWriter(unfinished, extra, prepare=partial(unfinished.mkdir, parents=True), commit=partial(commit, unfinished, final, 1))
-    sizes: dict[str, int] = {}
-    for p in parts:
-        sizes[p.weight] = max(sizes.get(p.weight, 0), p.offset + p.numel)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")  # it is
-        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(parts, sizes, read), no_dist=True)
+        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(m, parts, read), no_dist=True)
     return final
 
 
 class _StreamPlanner(ChunkSavePlanner):
-    """Plans one item per piece and kind of state from sizes alone, and makes its data when it is written."""
+    """Plans one item per block of rows and kind of state from sizes alone, and makes its data when it is written."""
 
-    def __init__(self, parts: list[Piece], sizes: dict[str, int], read: Callable[[str], Tensor]):
+    def __init__(self, m: ModelConfig, parts: list[Piece], read: Rows):
         super().__init__()
-        self._parts, self._sizes, self._read = parts, sizes, read
+        self._parts, self._read = [*parts, *(p for p in pieces(m) if p.implied)], read
+        self._sizes = {name: prod(shape) for name, shape in weight_shapes(m).items()}
+        self._written = torch.empty(0)
 
     def create_local_plan(self):
-        items, self._piece_of = [], {}
-        for p in self._parts:
-            chunk = Chunk(self._sizes[p.weight], p.offset, torch.empty(p.numel, device="meta"))
-            for name in [p.weight] if p.is_selection_bias else [p.weight + suffix for suffix in (MASTER, *MOMENTS)]:
-                self._piece_of[name, p.offset] = p
+        items, self._block_of = [], {}
+        for piece, first, last in ((p, *rows) for p in self._parts for rows in p.blocks()):
+            offset = piece.offset + first * piece.row_numel
+            chunk = Chunk(self._sizes[piece.weight], offset, torch.empty((last - first) * piece.row_numel, device="meta"))
+            for name in [piece.weight] if piece.is_selection_bias else [piece.weight + suffix for suffix in (MASTER, *MOMENTS)]:
+                self._block_of[name, offset] = piece, first, last
                 items.append(write_item(name, chunk))
         self.plan = dcp.SavePlan(items)
         return self.plan
 
     def lookup_object(self, index):
-        piece = self._piece_of[index.fqn, index.offset[0]]
-        if index.fqn.endswith(MOMENTS):
-            return torch.zeros(piece.numel)
-        return self._read(piece.name).flatten().to(torch.float32)
+        self._written.untyped_storage().resize_(0)  # DCP keeps what it wrote, until its file is complete
+        piece, first, last = self._block_of[index.fqn, index.offset[0]]
+        if index.fqn.endswith(MOMENTS) or piece.implied:
+            self._written = torch.zeros((last - first) * piece.row_numel)
+        else:
+            self._written = self._read(piece, first, last).flatten().to(torch.float32, copy=True)
+        return self._written

@@ -1,28 +1,35 @@
-"""Folders of safetensors files with an index: read one tensor at a time after everything was checked, written one shard at a time."""
+"""Folders of safetensors files with an index: read some rows at a time after everything was checked, written as streams.
+
+Whatever the size of a tensor or of a file, neither is ever held whole.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..conf.schema import ModelConfig
-from .hf_format import HFError, Piece, pieces
+from .hf_format import BLOCK, HFError, Piece, pieces
+from .hf_fp8 import SIDE, dequantise, grid
 from .manifest import flush_folder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_READABLE = ("F64", "F32", "BF16", "F16")  # safetensors' names
+SCALE = "_scale_inv"  # after the name of a quantised weight
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
+_READABLE = ("F64", "F32", "BF16", "F16")  # without scales
 _SHOWN = 4  # names listed in an error
 
 
 class HFFolder:
-    """The tensors of a checkpoint folder. Headers are read at once, tensors when asked for; one file is open at a time.
+    """The tensors of a checkpoint folder. Headers are read at once, rows when asked for; one file is open at a time.
 
     Raises HFError for a missing or damaged file, and where index and files disagree.
     """
@@ -34,6 +41,7 @@ class HFFolder:
         self.dtypes: dict[str, str] = {}
         self._file_of: dict[str, str] = {}
         self._open: tuple[str, Any] = ("", None)
+        self._touched = 0  # elements read since then
         claimed = self._index()
         for file in sorted(set(claimed.values())) if claimed else [SINGLE]:
             self._read_header(file)
@@ -43,12 +51,23 @@ class HFFolder:
         if claimed and (extra := self._file_of.keys() - claimed.keys()):
             raise HFError(f"{path / INDEX}: does not list {_some(extra)}, found in the files")
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in its stored dtype."""
+    def read(self, piece: Piece, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` of the piece, in their stored dtype; what was quantised in FP32. `first` begins a row of scales."""
+        rows = self._rows(piece.name, first, last, piece.index)
+        if self.dtypes[piece.name] != "F8_E4M3":
+            return rows
+        return dequantise(rows, self._rows(piece.name + SCALE, first // SIDE, -(-last // SIDE)))
+
+    def _rows(self, name: str, first: int, last: int, index: int | None = None) -> Tensor:
+        file = self._file_of[name]
+        self._touched += (last - first) * prod(self.shapes[name][1:] if index is None else self.shapes[name][2:])
+        if self._touched > BLOCK:
+            self._close()
         try:
-            return self._handle(self._file_of[name]).get_tensor(name)
+            tensor = self._handle(file).get_slice(name)
+            return tensor[first:last] if index is None else tensor[index, first:last]
         except (OSError, safetensors.SafetensorError) as error:
-            raise HFError(f"{self.path / self._file_of[name]}: {name} cannot be read ({error})") from None
+            raise HFError(f"{self.path / file}: {name} cannot be read ({error})") from None
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name; empty for a folder with a single file."""
@@ -74,7 +93,7 @@ class HFFolder:
 
     def _handle(self, file: str) -> Any:
         if self._open[0] != file:
-            self._open = ("", None)  # the last one is closed first: its pages need not stay
+            self._close()
             try:
                 self._open = (file, safetensors.safe_open(self.path / file, framework="pt"))
             except FileNotFoundError:
@@ -83,72 +102,126 @@ class HFFolder:
                 raise HFError(f"{self.path / file}: is not a whole safetensors file ({error})") from None
         return self._open[1]
 
+    def _close(self) -> None:
+        """Files are mapped into memory: the pages that were read stay until then."""
+        self._open, self._touched = ("", None), 0
 
-def matched(folder: HFFolder, m: ModelConfig, *, skip_mtp: bool = False) -> list[Piece]:
-    """The pieces of model `m` that the folder holds: all of them, in the order of our weights, and nothing else.
 
-    Raises HFError naming the first tensors that are missing, unexpected, mis-shaped, or quantised. Experts may be stored one by one or
-    stacked. `skip_mtp` leaves out layers past the last one (multi-token prediction), which are otherwise unexpected. A tied model may
-    hold its table a second time as lm_head.weight, if the two are equal.
+def matched(folder: HFFolder, m: ModelConfig, *, mtp: str = "check") -> list[Piece]:
+    """The pieces of model `m` that the folder holds: all of them, in the order of our weights, and nothing else; copies are left out.
+
+    `mtp`: of prediction modules' copies of embedding and head. check: they must be equal to the model's; shared-from-main: they are not
+    looked at; skip: of a model without prediction modules, and the folder's are left out. Raises HFError naming the first tensors that
+    are missing, unexpected or mis-shaped. Experts may be stored one by one or stacked. A tied model may hold its table a second time as
+    lm_head.weight, if the two are equal.
     """
     stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in folder.shapes)
-    wanted = list(pieces(m, stacked=stacked))
-    by_name = {p.name: p for p in wanted}
-    extra = folder.shapes.keys() - by_name.keys()
-    mtp = {name for name in extra if name.startswith("model.layers.") and (n := name.split(".")[2]).isdigit() and int(n) >= m.num_layers}
+    wanted = [p for p in pieces(m, stacked=stacked) if p.numel and not p.implied]
+    copies = [p for p in wanted if p.copy and p.name in folder.shapes]
+    if m.tie_embeddings and "lm_head.weight" in folder.shapes:
+        copies.append(Piece(name="lm_head.weight", shape=(m.vocab_size, m.dim), weight="embed", copy=True))
+    own = [p for p in wanted if not p.copy]
+    _check_names(folder, m, own, copies, skip_mtp=mtp == "skip")
+    for piece in own + copies:
+        _check_stored(folder, piece)
+    originals = {p.weight: p for p in own if p.weight in ("embed", "head")}
+    for piece in copies:
+        if (mtp == "check" or piece.name == "lm_head.weight") and not _equal(folder, piece, originals[piece.weight]):
+            more = "; --mtp shared-from-main takes the model's for both" if piece.name != "lm_head.weight" else ""
+            raise HFError(f"{folder.path}: {piece.name} differs from {originals[piece.weight].name}, and our model has one for both{more}")
+    return own
+
+
+def _check_names(folder: HFFolder, m: ModelConfig, own: list[Piece], copies: list[Piece], *, skip_mtp: bool) -> None:
+    known = {p.name for p in own + copies} | {p.name for p in pieces(m) if not p.numel}
+    known |= {p.name + SCALE for p in own if folder.dtypes.get(p.name) == "F8_E4M3"}
+    extra = folder.shapes.keys() - known
+    mtp = {name for name in extra if name.startswith("model.layers.") and (n := name.split(".")[2]).isdigit() and int(n) >= m.num_blocks}
     if mtp and not skip_mtp:
-        raise HFError(f"{folder.path}: has layers past the last one, {m.num_layers - 1} (multi-token prediction): {_some(mtp)}; "
-                      "skip_mtp=True (--skip-mtp) leaves them out")  # fmt: skip
-    extra -= mtp
-    if m.tie_embeddings and "lm_head.weight" in extra:
-        if not torch.equal(folder.read("lm_head.weight"), folder.read("model.embed_tokens.weight")):
-            raise HFError(f"{folder.path}: tie_word_embeddings is true, and lm_head.weight differs from model.embed_tokens.weight")
-        extra.remove("lm_head.weight")
-    if extra:
-        scales = [name for name in extra if name.endswith("_scale_inv")]
-        hint = ": quantised weights are not read, convert them to bfloat16 first" if scales else ""
-        raise HFError(f"{folder.path}: unexpected {_some(scales or extra)}{hint}")
-    if missing := [p.name for p in wanted if p.numel and p.name not in folder.shapes]:
-        raise HFError(f"{folder.path}: missing {_some(missing)}")
-    for name, piece in by_name.items():
-        if piece.numel and folder.shapes[name] != piece.shape:
-            raise HFError(f"{folder.path}: {name} has shape {folder.shapes[name]}, and config.json asks for {piece.shape}")
-        if piece.numel and folder.dtypes[name] not in _READABLE:
-            raise HFError(f"{folder.path}: {name} is stored as {folder.dtypes[name]}; readable: {', '.join(_READABLE)}")
-    return [p for p in wanted if p.numel]
+        raise HFError(f"{folder.path}: has layers past the last one, {m.num_blocks - 1} (multi-token prediction): {_some(mtp)}; "
+                      "--skip-mtp leaves them out")  # fmt: skip
+    if extra - mtp:
+        raise HFError(f"{folder.path}: unexpected {_some(extra - mtp)}")
+    if missing := {p.name for p in own if p.name not in folder.shapes}:
+        only_mtp = all(name.startswith("model.layers.") and int(name.split(".")[2]) >= m.num_layers for name in missing)
+        hint = "; --skip-mtp does without layers for multi-token prediction" if only_mtp else ""
+        raise HFError(f"{folder.path}: missing {_some(missing)}{hint}")
 
 
-def write_shards(out: Path, tensors: Iterable[tuple[Piece, Tensor]], sizes: Sequence[int], max_shard_bytes: float) -> None:
-    """Write tensors (contiguous, in an order that `sizes`, their bytes, knows beforehand) as numbered files and an index.
-
-    Holds one shard at a time. A tensor larger than `max_shard_bytes` has a shard of its own.
-    """
-    shard_of = list(_plan(sizes, max_shard_bytes))
-    count = shard_of[-1] + 1
-    file = lambda shard: SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-    weight_map, held, current = {}, {}, 0
-    for shard, (piece, tensor) in zip(shard_of, tensors, strict=True):
-        if shard != current:
-            _write(out / file(current), held)
-            held, current = {}, shard
-        held[piece.name], weight_map[piece.name] = tensor, file(shard)
-    _write(out / file(current), held)
-    if count > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+def _check_stored(folder: HFFolder, piece: Piece) -> None:
+    name, dtype = piece.name, folder.dtypes[piece.name]
+    found = folder.shapes[name] if piece.index is None else folder.shapes[name][1:]
+    if found != piece.shape:
+        raise HFError(f"{folder.path}: {name} has shape {folder.shapes[name]}, and config.json asks for {piece.shape}")
+    if dtype == "F8_E4M3":
+        scale = folder.shapes.get(name + SCALE), folder.dtypes.get(name + SCALE)
+        if piece.index is not None or not folder.config.get("quantization_config") or scale != (grid(piece.shape), "F32"):
+            raise HFError(f"{folder.path}: {name} is stored as F8_E4M3; readable with quantization_config in config.json, and "
+                          f"{name}{SCALE} of shape {grid(piece.shape)} in F32")  # fmt: skip
+    elif dtype not in _READABLE:
+        raise HFError(f"{folder.path}: {name} is stored as {dtype}; readable: {', '.join(_READABLE)}, F8_E4M3")
 
 
-def _plan(sizes: Sequence[int], limit: float) -> Iterator[int]:
-    """Shard of each tensor: in order, a new one when the next does not fit."""
-    shard, filled = 0, 0
-    for size in sizes:
-        if filled and filled + size > limit:
-            shard, filled = shard + 1, 0
-        filled += size
-        yield shard
+def _equal(folder: HFFolder, one: Piece, other: Piece) -> bool:
+    return all(torch.equal(folder.read(one, *rows), folder.read(other, *rows)) for rows in one.blocks())
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+# ---------------------------------------------------------------- out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor to write; `blocks` makes its elements, in order and of any shape, when they are wanted."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(out: Path, tensors: Sequence[Stored], max_shard_bytes: float) -> None:
+    """Write tensors as numbered files and an index. A tensor larger than `max_shard_bytes` has a file of its own."""
+    shards = list(_shards(tensors, max_shard_bytes))
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write(out / file, shard)
+        weight_map |= {t.name: file for t in shard}
+    if len(shards) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": sum(t.num_bytes for t in tensors)}, "weight_map": weight_map})
+
+
+def _shards(tensors: Sequence[Stored], limit: float) -> Iterator[list[Stored]]:
+    """In order, a new one when the next tensor does not fit."""
+    shard: list[Stored] = []
+    for tensor in tensors:
+        if shard and sum(t.num_bytes for t in shard) + tensor.num_bytes > limit:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _write(path: Path, tensors: list[Stored]) -> None:
+    """One safetensors file: eight bytes for the length of its header, the header, the tensors. Widest first, so that all are aligned."""
+    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for t in tensors:
+        header[t.name] = {"dtype": _NAMES[t.dtype], "shape": t.shape, "data_offsets": [end, end := end + t.num_bytes]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            for block in t.blocks():
+                assert block.dtype == t.dtype
+                file.write(block.contiguous().flatten().view(torch.uint8).numpy())
+        assert file.tell() == 8 + len(text) + end, f"{path}: tensors are not as large as announced"
     _flush(path)
 
 

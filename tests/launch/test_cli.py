@@ -53,8 +53,14 @@ def test_cfg_prints_the_resolved_configuration_and_runs_nothing(calls, capsys):
 @pytest.mark.parametrize(
     ("words", "target", "args", "kwargs"),
     [
-        (["export", "runs/a", "out"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")), {}),
-        (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"skip_mtp": False}),
+        (["export", "runs/a", "out"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")),
+         {"dtype": "auto", "weights": "master"}),
+        (["export", "runs/a", "out", "--dtype", "fp8", "--weights", "ema"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")),
+         {"dtype": "fp8", "weights": "ema"}),
+        (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"mtp": "check"}),
+        (["import", "hf", "out", "--skip-mtp"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"mtp": "skip"}),
+        (["upcycle", "runs/a", "out", "model=small", "model.top_k=2"], "shoestring.train.upcycle:upcycle", (Path("runs/a"), Path("out"),
+         load(["model=small", "model.top_k=2"]).model), {"seed": 0}),
         (["report", "runs/a"], "shoestring.launch.report:write_report", (Path("runs/a"),), {}),
         (["sample", "runs/a", "def ", "--greedy", "--num", "2"], "shoestring.launch.sample:show", (),
          {"source": Path("runs/a"), "prompt": "def ", "max_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 0, "num": 2}),
