@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.conf.schema import ConfigError
-from shoestring.parallel.placement import balanced_packs, check, rank_overload, rebalance
+from shoestring.parallel.placement import balanced_packs, check, next_placement, rank_overload, rebalance
 
 # 12 experts, 16 replicas, 4 groups, 2 nodes, 8 GPUs
 LOADS = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
@@ -97,6 +97,48 @@ def test_where_greedy_packing_loses():
     loads = [2, 2, 2, 1, 1, 4]
     assert balanced_packs(loads, 2) == [[5, 2, 4], [0, 1, 3]]  # 7 and 5
     assert rebalance([loads], 6, 1, 1, 2).physical_to_logical.tolist() == [[0, 1, 2, 3, 4, 5]]  # 6 and 6
+
+
+def test_replicas_go_to_what_is_heaviest_per_replica():
+    assert rebalance([[10, 9]], 6, 1, 1, 1).counts.tolist() == [[3, 3]]  # 10 | 5 5 | 9 | 4.5 4.5 | 3.3 3.3 3.3 | 3 3 3
+
+
+def test_one_each_stays_in_order():
+    assert rebalance([[1, 5, 3]], 3, 1, 1, 3).physical_to_logical.tolist() == [[0, 1, 2]]
+
+
+# ---------------------------------------------------------------- without replicas, from step to step
+
+
+def nodes_of_groups(row, num_groups, num_nodes):
+    """For each group of experts, the nodes that hold some of it."""
+    size, share = len(row) // num_groups, len(row) // num_nodes
+    return [{slot // share for slot, e in enumerate(row) if e // size == g} for g in range(num_groups)]
+
+
+@given(st.lists(st.integers(0, 1000), min_size=24, max_size=24), st.permutations(range(24)), st.sampled_from([1, 2, 3, 4, 6, 12]))
+def test_next_placement(loads, current, ep):
+    """A permutation, never heavier than what was, on 3 nodes of 4 where there are 12 ranks: then groups stay whole."""
+    loads, current = torch.tensor([loads, loads[::-1]]), torch.tensor([current, sorted(current)])
+    found = next_placement(loads, current, ep, num_groups=6, gpus_per_node=4)
+    assert found.dtype == torch.int64 and found.sort(1).values.tolist() == [list(range(24))] * 2
+    for before, after in zip(rank_overload(loads, ep, current), rank_overload(loads, ep, found)):
+        assert after <= before
+    if ep == 12:
+        assert all(len(nodes) == 1 for nodes in nodes_of_groups(found[1].tolist(), 6, 3))
+    assert torch.equal(next_placement(loads, found, ep, num_groups=6, gpus_per_node=4), found), "moved again for nothing"
+
+
+def test_next_placement_keeps_what_is_as_good():
+    current = torch.tensor([[3, 1, 0, 2], [0, 1, 2, 3]])
+    found = next_placement(torch.tensor([[5, 5, 5, 5], [9, 9, 1, 1]]), current, 2, num_groups=1, gpus_per_node=8)
+    assert found[0].tolist() == [3, 1, 0, 2] and found[1].tolist() != [0, 1, 2, 3]
+
+
+def test_next_placement_ignores_groups_inside_a_node():
+    loads, current = torch.tensor([[9, 9, 0, 0]]), torch.arange(4)[None]
+    assert rank_overload(loads, 2, next_placement(loads, current, 2, num_groups=2, gpus_per_node=8)) == [1.0]
+    assert torch.equal(next_placement(loads, current, 2, num_groups=2, gpus_per_node=1), current), "a group is on a node"
 
 
 @pytest.mark.parametrize(

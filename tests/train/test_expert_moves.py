@@ -127,6 +127,7 @@ def test_stopped_and_resumed(words):
     layout = ["parallel.ep=2", "parallel.placement_interval=3", "optim.clip=0.5"]
     want, extra = session(words("whole", *layout))
     assert set(extra["placement"]) == {"1", "2"} and all(row != sorted(row) == list(range(16)) for row in extra["placement"].values())
+    assert sum(map(sum, extra["placement_loads"])) == 2 * sum(map(sum, want[-1][4])), "of the two steps since the move"
     run = words("stopped", *layout)
     for stop in (2, 1):
         session([*run, f"train.stop_after={stop}"])
