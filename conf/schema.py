@@ -225,6 +225,14 @@ class OptimConfig(Section):
     z_loss_coef: float = 0.0
     mtp_weight: float = 0.3  # of multi-token prediction's mean loss over depths
 
+    def moment_precision(self, compute: str) -> str:
+        """fp64, fp32 or bf16: AdamW's two moments, of weights in `compute`."""
+        if compute == "fp64":
+            return "fp64"
+        if self.moments == "auto":
+            return "bf16" if compute == "bf16" and self.engine == "whole" else "fp32"
+        return self.moments
+
 
 @dataclass(kw_only=True)
 class RampConfig(Section):

@@ -34,7 +34,7 @@ def check(config: Config) -> None:
         return
     if o.moments == "bf16" and compute == "fp64":
         raise ConfigError("optim.moments", o.moments, "FP64 weights have FP64 moments", "auto")
-    if (o.moments == "bf16" or (o.moments == "auto" and compute == "bf16")) and o.beta2 > MOST_BETA2_OF_BF16:
+    if o.moment_precision(compute) == "bf16" and o.beta2 > MOST_BETA2_OF_BF16:
         rule = (f"with BF16 moments must be at most {MOST_BETA2_OF_BF16}: BF16 keeps 8 bits, so that a second moment that should shrink by "
                 "less than 1 part in 256 a step rounds back to what it was, and never decays; or set optim.moments=fp32")  # fmt: skip
         raise ConfigError("optim.beta2", o.beta2, rule, MOST_BETA2_OF_BF16)

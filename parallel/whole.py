@@ -24,6 +24,8 @@ from .host import HostLink
 from .updates import adamw_, muon_, orthogonal_cost
 from .zero import Chunk, ShardedOptimizer, Spec, grad_dtype, in_collective_order
 
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # elements: each owner's range of an even cut starts on a cache line
 
 
@@ -109,7 +111,7 @@ class WholeOptimizer(ShardedOptimizer):
 
     def _piece(self, spec: Spec, offset: int, weights: Tensor, grad: Tensor, master: Tensor) -> _Piece:
         link, muon = self._link, bool(spec.matrices)
-        dtype = master.dtype if muon else moment_dtype(self.optim, weights.dtype)
+        dtype = master.dtype if muon else DTYPES[self.optim.moment_precision(NAMES[weights.dtype])]
         moments = [torch.zeros_like(master, dtype=dtype), None if muon else torch.zeros_like(master, dtype=dtype)]
         copies = (link.empty(len(grad), t.dtype) for t in (grad, weights)) if link else (grad, None)
         return _Piece(spec, offset, weights, grad, master, *moments, *copies)
@@ -195,14 +197,6 @@ class WholeOptimizer(ShardedOptimizer):
     def _load(self):
         self._cast()
         self._publish()
-
-
-def moment_dtype(optim: OptimConfig, weights: torch.dtype) -> torch.dtype:
-    """Of AdamW's two moments: FP64 under FP64 weights, else as `optim.moments` says."""
-    if weights == torch.float64:
-        return weights
-    narrow = optim.moments == "bf16" or (optim.moments == "auto" and weights == torch.bfloat16)
-    return torch.bfloat16 if narrow else torch.float32
 
 
 # ---------------------------------------------------------------- cuts

@@ -206,6 +206,7 @@ class StateBytes:
     weights: int
     main_grads: int
     optimizer: int
+    host: int  # in the host's memory: what is offloaded, room for what travels, the average of the weights; not in `total`
 
     @property
     def total(self) -> int:
@@ -225,17 +226,29 @@ def rank_params(model: ModelConfig, parallel: ParallelConfig, *, layers, embeddi
 
 
 def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool) -> StateBytes:
-    """Weights, FP32 main gradients, and AdamW state sharded as ZeRO-1 does over each parameter's replica group.
+    """Weights, FP32 main gradients, and optimizer state sharded as ZeRO-1 does over each parameter's replica group.
 
-    bf16: BF16 weights, FP32 masters, two BF16 moments. fp32 and fp64: weights are their own masters; moments and gradients as wide.
+    Weights of FP32 and FP64 are their own masters, unless those are offloaded or the engine is deepspeed. Muon has one moment, as wide as
+    masters; it parts no matrix, so that what one rank has is this on average.
     """
-    dense, experts = rank_params(config.model, config.parallel, layers=layers, embedding=embedding, head=head)
-    width = ELEMENT_BYTES[config.precision.compute]
+    o, p = config.optim, config.parallel
+    dense, experts = rank_params(config.model, p, layers=layers, embedding=embedding, head=head)
+    sharded = lambda dense, experts: -(-dense // p.dp) + -(-experts // p.edp)
+    matrices = sum(b.dense - b.router - b.norms for b in (block_params(config.model, layer) for layer in layers))
+    owned, by_muon = sharded(dense, experts), sharded(matrices, experts) if o.algorithm == "muon" else 0
+    width, moment_width = ELEMENT_BYTES[config.precision.compute], ELEMENT_BYTES[o.moment_precision(config.precision.compute)]
     main_width = max(4, width)
-    optimizer_width = 2 * width if width >= 4 else 4 + 2 + 2
-    sharded = -(-dense // config.parallel.dp) + -(-experts // config.parallel.edp)
+    own_masters = width < main_width or o.offload or o.engine == "deepspeed"
+    state = main_width * (owned * own_masters + by_muon) + 2 * moment_width * (owned - by_muon)
+    host = state + (main_width + width) * owned if o.offload else 0  # gradients come, weights go back
+    if o.ema_decay:
+        on_their_way = not o.offload and not config.cluster.device.startswith("CPU")  # masters, copied from the device
+        host += main_width * owned * (1 + on_their_way)
     return StateBytes(
-        weights=width * (dense + experts), main_grads=main_width * (dense + experts), optimizer=optimizer_width * sharded
+        weights=width * (dense + experts),
+        main_grads=main_width * (dense + experts),
+        optimizer=0 if o.offload else state,
+        host=host,
     )
 
 

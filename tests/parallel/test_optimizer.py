@@ -229,3 +229,39 @@ def test_bf16_moments_take_half_and_leave_no_copy():
     assert wide == {"w.master": 4 * mib, "w.exp_avg": 4 * mib, "w.exp_avg_sq": 4 * mib}
     assert narrow == {"w.master": 4 * mib, "w.exp_avg": 2 * mib, "w.exp_avg_sq": 2 * mib}
     assert 0 < peak <= 1.5 * mib, f"{peak} bytes more while a step is taken"
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "words, field, nearest",
+    [
+        ("precision=bf16 optim.beta2=0.995", "optim.beta2", 0.99),
+        ("precision=fp32 optim.moments=bf16 optim.beta2=0.999", "optim.beta2", 0.99),
+        ("precision=fp64 optim.moments=bf16", "optim.moments", "auto"),
+        ("optim.engine=deepspeed optim.algorithm=muon", "optim.engine", "whole"),
+        ("optim.engine=deepspeed optim.moments=bf16", "optim.moments", "fp32"),
+        ("optim.engine=deepspeed precision=fp64", "optim.engine", "whole"),
+    ],
+)
+def test_refused(words, field, nearest):
+    config = load(words.split())
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    assert (caught.value.field, caught.value.nearest) == (field, nearest)
+    validate(load([*words.split(), f"{field}={nearest}"]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "precision=bf16 optim.beta2=0.99",
+        "precision=fp32 optim.beta2=0.999",
+        "precision=bf16 optim.beta2=0.999 optim.engine=deepspeed",
+        "precision=bf16 optim.beta2=0.999 optim.moments=fp32",
+        "precision=fp64 optim.algorithm=muon",
+    ],
+)
+def test_not_refused(words):
+    validate(load(words.split()))

@@ -21,7 +21,7 @@ from shoestring.conf.schema import OptimConfig
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.parallel import deepspeed_zero
 from shoestring.parallel.optimizer import make_optimizer
-from shoestring.parallel.whole import ALIGNMENT, WholeOptimizer, all_cuts, even_cuts, moment_dtype, unit_cuts
+from shoestring.parallel.whole import ALIGNMENT, WholeOptimizer, all_cuts, even_cuts, unit_cuts
 from shoestring.parallel.zero import Spec, in_collective_order, squared_norm
 from torch import nn
 
@@ -159,7 +159,7 @@ def reference(dtype, steps, optim=OPTIM):
             for group in optimizer.param_groups:
                 group["lr"] = LR[step]
             optimizer.step()
-        if moment_dtype(optim, dtype) == torch.bfloat16:  # what a rounded moment is, whoever keeps it
+        if optim.moments == "auto" and dtype == torch.bfloat16:  # what a rounded moment is, whoever keeps it
             for leaf in adamw.values():
                 for key in ("exp_avg", "exp_avg_sq"):
                     moment = optimizers[0].state[leaf[0]][key]

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.conf.schema import ClusterConfig, ModelConfig
+from shoestring.launch.local import fork_ranks
 from shoestring.train import cost
+from shoestring.train.engine import Engine
 from shoestring.train.model import CausalLM, Stage, is_expert
 from shoestring.train.moe import Balance
 from torch.utils.flop_counter import FlopCounterMode
@@ -242,6 +244,39 @@ def test_state_bytes_of_the_published_layout():
     assert state.main_grads == 4 * (dense + experts)
     assert state.optimizer == pytest.approx(8 * (dense / 128 + experts / 2), rel=1e-6)
     assert state.total == state.weights + state.main_grads + state.optimizer
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "precision=fp32", "precision=bf16", "precision=bf16 optim.moments=fp32", "precision=fp64 optim.offload=true",
+        "optim.engine=deepspeed", "precision=bf16 optim.algorithm=muon optim.ema_decay=0.9",
+        "optim.algorithm=muon optim.offload=true optim.ema_decay=0.9", "precision=bf16 optim.offload=true",
+    ],
+)  # fmt: skip
+def test_state_bytes_are_those_of_live_tensors(words):
+    """Of one process, which owns everything; each storage counts once, and padding is below 1 %."""
+    config = load(["data=synthetic", "model.mtp_depth=1", *words.split()])
+    m = config.model
+    state = cost.rank_state_bytes(config, layers=range(m.num_blocks), embedding=True, head=True)
+
+    def live():
+        engine = Engine(config)
+        held = {id(p): p for p in engine.parameters().values()}
+        storages = lambda tensors: {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        weights, grads = storages(held.values()), storages(engine.optimizer.main_grad.values())
+        kept = storages(c.data for c in engine.optimizer.state().values())
+        travelling = [t for p in getattr(engine.optimizer, "_pieces", ()) for t in (p.grad_there, p.weights_there) if t is not None]
+        rest = {k: n for k, n in (kept | storages(travelling)).items() if k not in weights and k not in grads}
+        return [sum(part.values()) for part in (weights, grads, rest)]
+
+    ((weights, grads, rest),) = fork_ranks(1, live)
+    assert weights == pytest.approx(state.weights, rel=0.01) and grads == pytest.approx(state.main_grads, rel=0.01)
+    assert rest == pytest.approx(state.optimizer + state.host, rel=0.01)
+    if config.optim.offload:
+        assert state.optimizer == 0
+    elif not config.optim.ema_decay:
+        assert state.host == 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
