@@ -47,9 +47,8 @@ class Phase:
 
     def batch_tokens(self, step: int) -> int:
         """Of step `step` of the run (0 is the first); of the phase's last for any later one."""
-        return next(
-            (level.batch_tokens for level in reversed(self.levels) if level.first_step <= step - self.first_step), self.levels[0].batch_tokens
-        )
+        begun = [level for level in self.levels if level.first_step <= step - self.first_step]
+        return (begun or self.levels)[-1 if begun else 0].batch_tokens
 
     def micro_batches(self, batch_tokens: int) -> int:
         """Of each pipeline, for a batch of this size."""

@@ -66,7 +66,7 @@ def check(config: Config) -> None:
         raise ConfigError(field, get(config, field), rule, _nearest(config, field))
     for name, phase in config.phases.items():
         for field in _changed(config, phase):
-            if field in _OF_THE_RUN or not field.startswith(tuple(f"{p}." for p in _OF_A_PHASE)) and field not in _OF_A_PHASE:
+            if field in _OF_THE_RUN or not f"{field}.".startswith(tuple(f"{part}." for part in _OF_A_PHASE)):
                 rule = f"belongs to the whole run; a phase may change {', '.join(_OF_A_PHASE)}"
                 raise ConfigError(f"phases.{name}.{field}", get(phase, field), rule, get(config, field))
         for field, rule in _broken(phase):
@@ -141,7 +141,8 @@ def _candidates(c: Config, field: str) -> Iterable:
         full, step = t.global_batch_tokens, t.ramp.increment_tokens or unit
         return [unit, *(full - n * step for n in range(1, 1025) if full > n * step)]
     if field == "train.ramp.increment_tokens":
-        return [n * unit for n in divisors((t.global_batch_tokens - t.ramp.start_tokens) // unit)] if t.ramp.start_tokens < 1 << 40 else [unit]
+        growth = t.global_batch_tokens - t.ramp.start_tokens
+        return [n * unit for n in range(1, 4097) if growth % (n * unit) == 0]
     if field == "data.seq_len":
         per_rank = t.global_batch_tokens // max(1, p.dp * t.micro_batch_sequences)
         return {max(1, m.max_seq_len), *(per_rank // n for n in range(1, 4097) if 0 < n <= per_rank and per_rank % n == 0)}
@@ -256,10 +257,9 @@ def _batch(c: Config) -> Iterator[Broken]:
             yield ("train.ramp.start_tokens",
                    f"must be a multiple of {unit} (seq_len x dp x micro_batch_sequences) below train.global_batch_tokens = "
                    f"{t.global_batch_tokens}")  # fmt: skip
-        elif not ramp.increment_tokens or ramp.increment_tokens % unit or (t.global_batch_tokens - ramp.start_tokens) % ramp.increment_tokens:
-            yield ("train.ramp.increment_tokens",
-                   f"must be a multiple of {unit} (seq_len x dp x micro_batch_sequences) that divides the batch's growth, "
-                   f"{t.global_batch_tokens - ramp.start_tokens}")  # fmt: skip
+        growth, by = t.global_batch_tokens - ramp.start_tokens, ramp.increment_tokens
+        if by == 0 or by % unit or growth % by:
+            yield "train.ramp.increment_tokens", f"must be a multiple of {unit} that divides the batch's growth of {growth}"
 
 
 def _optim(c: Config) -> Iterator[Broken]:

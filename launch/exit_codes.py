@@ -3,7 +3,7 @@
 import errno
 import re
 
-OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 75, 130
+OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, PREEMPTED, OTHER_SIZE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 75, 76, 130
 
 MEANING = {
     OK: "done",
@@ -14,6 +14,7 @@ MEANING = {
     LOST: "a rank died, was killed or did not answer in time",
     DIVERGED: "the loss or a gradient is no longer a number; the last checkpoint is from before",
     PREEMPTED: "stopped by SIGTERM or SIGINT and saved; the same command goes on from there",
+    OTHER_SIZE: "saved; the next phase runs on another number of processes: start that many with the same command",
     INTERRUPTED: "stopped at once by a second signal; the last checkpoint is intact",
 }
 

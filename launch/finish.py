@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
+from ..conf.phases import num_steps, phase_at
 from ..conf.schema import Config
 from ..train import units
 from ..train.metrics import Summary
@@ -15,9 +16,15 @@ def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
     again = shlex.join(command)
     if outcome.summary is None:
         return f"nothing was trained yet. To begin:\n  {again}"
-    lines = [*_facts(outcome.summary, config.train.steps), f"report    {write_report(config.run_dir)}"]
-    if outcome.step < config.train.steps:
-        lines.append(f"{'stopped' if outcome.stopped else 'paused'} at step {outcome.step} of {config.train.steps}. To go on:\n  {again}")
+    total = num_steps(config)
+    if outcome.wants:
+        upcoming = phase_at(config, outcome.step).name
+        return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} processes"
+    lines = [*_facts(outcome.summary, total), f"report    {write_report(config.run_dir)}"]
+    if outcome.step < total:
+        lines.append(f"{'stopped' if outcome.stopped else 'paused'} at step {outcome.step} of {total}. To go on:\n  {again}")
+    elif config.phases or config.train.tokens:
+        lines.append("complete")
     else:
         longer = [word for word in command if not word.startswith("train.steps=")] + [f"train.steps={2 * config.train.steps}"]
         lines.append(f"complete. To go on for as long again:\n  {shlex.join(longer)}")

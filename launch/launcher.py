@@ -22,6 +22,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ..conf.phases import phase_at
+from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
 from . import device, environment, exit_codes
 from .validate import validate
@@ -44,17 +46,27 @@ def train(config: Config, command: Sequence[str]) -> int:
             return exit_codes.CONFIG  # every rank finds the same: rank 0 says it
         raise
     environment.tell_deepspeed(kind)
-    if place or config.parallel.world_size == 1:
-        return pkgutil.resolve_name(f"{_WORKER}:run")(config, place or environment.Place(), command)
-    return start(config, kind, pkgutil.resolve_name(f"{_WORKER}:run_launched"), command)
+    if place:
+        return pkgutil.resolve_name(f"{_WORKER}:run")(config, place, command)
+    steps_done = pkgutil.resolve_name("shoestring.train.trainer:steps_done")
+    done, code = steps_done(config), exit_codes.OTHER_SIZE
+    while code == exit_codes.OTHER_SIZE:  # phase by phase, as far as their numbers of ranks differ
+        world_size = phase_at(config, done).config.parallel.world_size
+        if world_size == 1:
+            code = pkgutil.resolve_name(f"{_WORKER}:run")(config, environment.Place(), command)
+        else:
+            code = start(config, kind, pkgutil.resolve_name(f"{_WORKER}:run_launched"), command, world_size=world_size)
+        before, done = done, steps_done(config)
+        if config.train.stop_after:
+            config = replaced(config, "train.stop_after", max(1, config.train.stop_after - (done - before)))
+    return code
 
 
-def start(config: Config, device_type: str, target: Callable[..., int], *args: Any) -> int:
-    """Run `target(config, failures, *args)` in `config.parallel.world_size` ranks on this machine; the exit code of the whole.
+def start(config: Config, device_type: str, target: Callable[..., int], *args: Any, world_size: int) -> int:
+    """Run `target(config, failures, *args)` in `world_size` ranks on this machine; the exit code of the whole.
 
     `target` returns an exit code, or leaves with one after writing `failures / "failure-RANK.json"` (see `worker.run`).
     """
-    world_size = config.parallel.world_size
     logs = Path(config.run_dir) / "logs" / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True, exist_ok=True)
     environment.prepare_launch(device_type == "cpu")

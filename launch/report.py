@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..conf.compose import load_saved
+from ..conf.phases import num_steps
 from ..conf.schema import Config, ConfigError
 from ..train import cost, metrics, units
 from ..train.metrics import StepRecord, Summary
@@ -128,7 +129,7 @@ def _page(run: Run) -> Page:
 def _status(run: Run) -> str:
     if not run.records:
         return "no step recorded"
-    total = run.config.train.steps if run.config else run.records[-1].step
+    total = num_steps(run.config) if run.config else run.records[-1].step
     done = run.records[-1].step
     if run.summary and done >= total:
         return f"finished: {done:,} steps"

@@ -61,13 +61,15 @@ def run(config: Config, place: Place, command: Sequence[str], *, failures: Path 
             _say(conclude(config, outcome, command))
     except BaseException as error:
         return _report(error, place, failures)
-    return exit_codes.PREEMPTED if outcome.stopped else exit_codes.OK
+    if outcome.stopped:
+        return exit_codes.PREEMPTED
+    return exit_codes.OTHER_SIZE if outcome.wants else exit_codes.OK
 
 
 def run_launched(config: Config, failures: Path, command: Sequence[str], train: Train = trainer.run) -> int:
     """`run` in a process that our launcher started. A failed rank leaves at once: its peers are gone or stuck, so nothing can be closed."""
     code = run(config, Place.from_environment(), command, failures=failures, train=train)
-    if code not in (exit_codes.OK, exit_codes.PREEMPTED):
+    if code not in (exit_codes.OK, exit_codes.PREEMPTED, exit_codes.OTHER_SIZE):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     return code

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
 IGNORED = -100  # a target that has no loss
 
 

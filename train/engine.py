@@ -20,7 +20,8 @@ from ..parallel.dispatch import make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
 from ..parallel.optimizer import make_optimizer
-from ..parallel.phases import IGNORED, MicroBatch
+from ..parallel.phases import MicroBatch
+from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
 from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
 from ..parallel.zero import Chunk, Spec
@@ -29,6 +30,7 @@ from .model import DTYPES, Stage, is_expert, materialise, named_weights
 from .moe import Balance
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -43,16 +45,20 @@ class StepResult:
     z_loss: float
     router_entropy: float  # of the normalised scores, nats, mean over tokens and layers; 0 where there is no router
     loads: Tensor
+    rank_overload: list[float]  # of each MoE layer: the busiest expert-parallel rank's load over the mean
     bias_norm: float
     flags: Tensor  # sums over ranks of the caller's `flags`
 
 
 class Engine:
-    """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`."""
+    """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`.
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu"):
+    `mesh`: one of the same layout, to be used again; None makes one.
+    """
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", mesh: Mesh | None = None):
         self.config, self.device = config, torch.device(device)
-        self.mesh = Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
+        self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
         self.ops = Ops(compiled=config.launch.compile)
         self.placement = Placement(config, self.device)
@@ -71,9 +77,7 @@ class Engine:
         if name == "auto":
             name = "alltoall" if c.parallel.ep > 1 else "local"
         dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=row_alignment(self.dtype), groups=mesh.ep)
-        balance = Balance(
-            sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens
-        )
+        balance = Balance(sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens)
         layers = stage_layers(c)
         stages: dict[int, Stage] = {}
         for index in mesh.my_stages:
@@ -107,9 +111,7 @@ class Engine:
                 group = mesh.embed
             matrices = muon_matrices(self.config.model, name, param.shape) if self.config.optim.algorithm == "muon" else ()
             decay = param.dim() > 1
-            specs.append(
-                Spec(name=name, param=param, group=group, numel=numel, offset=offset, stage=stage, decay=decay, matrices=matrices)
-            )
+            specs.append(Spec(name=name, param=param, group=group, numel=numel, offset=offset, stage=stage, decay=decay, matrices=matrices))
         return specs
 
     def _build_executor(self) -> Executor:
@@ -157,6 +159,7 @@ class Engine:
             raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
+        overload = rank_overload(totals.loads, self.config.parallel.ep, self.placement.expert_at)
         self.placement.after_step(totals.loads, self.optimizer, self.mesh.dense)
         c, routed = self.config.optim, totals.tokens * max(1, self.config.model.num_moe_layers)
         return StepResult(
@@ -169,17 +172,18 @@ class Engine:
             z_loss=c.z_loss_coef * totals.router_sums[1] / totals.tokens,
             router_entropy=totals.router_sums[2] / routed,
             loads=totals.loads,
+            rank_overload=overload,
             bias_norm=self.biases.double().norm().item(),
             flags=totals.flags,
         )
 
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """(summed loss of the next token, tokens) over all ranks; targets that are IGNORED do not count. Collective."""
+    def evaluate(self, batches: Sequence[MicroBatch], count: int = 0) -> tuple[float, int, int]:
+        """(summed loss of the next token, tokens, `count`s) over data-parallel ranks; targets that are IGNORED do not count. Collective."""
         losses = self.executor.evaluate(batches) * self.nominal_tokens
-        tokens = sum(b.num_targets for b in batches) if self.holds_head else 0
-        totals = torch.stack([losses[0], torch.tensor(float(tokens), dtype=torch.float64, device=losses.device)]).to(self.device)
+        counts = [sum(b.num_targets for b in batches), count] if self.holds_head else [0, 0]
+        totals = torch.cat([losses[:1].cpu(), torch.tensor(counts, dtype=torch.float64)]).to(self.device)
         dist.all_reduce(totals)
-        return totals[0].item(), int(totals[1].item())
+        return totals[0].item(), int(totals[1].item()), int(totals[2].item())
 
     def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""
@@ -269,12 +273,14 @@ def muon_matrices(m: ModelConfig, name: str, shape: Sequence[int]) -> tuple[tupl
 
 
 def learning_rate(o: OptimConfig, step: int, num_steps: int) -> float:
-    """Of optimizer step `step` (0 is the first): linear warm-up, constant, cosine to `final_lr`, and that from then on."""
+    """Of optimizer step `step` (0 is the first) of a phase of `num_steps`: linear warm-up, constant, a decay to `final_lr`, and that from
+    then on."""
     if step < o.warmup_steps:
         return o.lr * (step + 1) / o.warmup_steps
     past = step - o.warmup_steps - o.constant_steps
-    if past < 0:
+    if past < 0 or o.decay == "none":
         return o.lr
     decay = o.decay_steps or num_steps - o.warmup_steps - o.constant_steps
     share = min(1.0, past / max(1, decay - 1)) if not o.decay_steps else min(1.0, past / decay)
-    return o.final_lr + (o.lr - o.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+    left = 0.5 * (1 + math.cos(math.pi * share)) if o.decay == "cosine" else 1 - share
+    return o.final_lr + (o.lr - o.final_lr) * left

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.schema import Config, ParallelConfig
-from . import cost
 
 LOST = "metrics_lost.jsonl"
 
@@ -32,7 +31,12 @@ class StepRecord:
     step: int  # 1 is the first
     tokens: int  # trained so far, including this step
     samples: int  # sequences so far, including this step
-    loss: float  # mean next-token cross-entropy of the step's tokens, nats
+    phase: str = "main"
+    batch_tokens: int | None = None  # of this step
+    seq_len: int | None = None
+    loss: float  # mean next-token cross-entropy of the step's tokens, nats; what follows is not in it
+    mtp_loss: list[float] | None = None  # of each module of multi-token prediction, nats
+    mtp_weight: float | None = None  # of their mean in what is minimised
     lr: float
     grad_norm: float  # of all parameters, before clipping
     clip_coef: float  # what gradients were multiplied by, at most 1
@@ -45,12 +49,17 @@ class StepRecord:
     dollars_per_billion_tokens: float  # at this step's speed
     eta_seconds: float | None = None  # until the run's last step
     eval_loss: float | None = None  # held-out split; None unless evaluated after this step
+    eval_loss_by_source: dict[str, float] | None = None
+    eval_bits_per_byte: float | None = None  # of held-out text; None also where the tokenizer's ids are no whole bytes
     balance_loss: float | None = None  # sequence-wise balance loss as added to the loss
     z_loss: float | None = None
     expert_load: list[list[int]] | None = None  # tokens that each expert received, global batch; at 58 x 256 it is 60 kB a step
     max_vio: list[float] | None = None  # of each layer: (largest load - mean) / mean
+    max_vio_mean: float | None = None  # over layers
+    rank_overload: list[float] | None = None  # of each layer: the busiest expert-parallel rank's load over the mean, 1 is even
     dead_experts: int | None = None  # experts of all layers that received no token in this step
     bias_norm: float | None = None  # of all layers' selection biases together
+    bias_update_speed: float | None = None
     router_entropy: float | None = None  # mean over tokens and layers of the normalised scores' entropy, nats
     memory_gb: float | None = None  # peak of the fullest rank, 1e9 bytes
     time_unix: float  # when the step ended
@@ -89,19 +98,21 @@ def layout_name(parallel: ParallelConfig) -> str:
 def summarize(config: Config, records: Iterable[StepRecord]) -> Summary | None:
     """The summary of a run from its records in step order; None where there is none."""
     first = last = None
-    step_seconds, step_tokens, before, eval_loss = 0.0, 0, 0, None
+    step_seconds, useful, step_tokens, before, eval_loss = 0.0, 0.0, 0, 0, None
     for last in records:
         first = first or last
         step_seconds += last.step_seconds
+        useful += math.nan if last.mfu is None else last.mfu * last.step_seconds
         step_tokens += last.tokens - before
         before = last.tokens
         eval_loss = last.eval_loss if last.eval_loss is not None else eval_loss
     if first is None:
         return None
     speed = step_tokens / step_seconds if step_seconds > 0 else 0.0
+    mfu = None if math.isnan(useful) else useful / max(step_seconds, 1e-9)
     return Summary(
         name=config.name, steps=last.step, tokens=last.tokens, loss_first=first.loss, loss_last=last.loss, eval_loss=eval_loss,
-        tokens_per_second=speed, mfu=cost.mfu(speed / cost.num_devices(config), config), dollars=last.dollars, seconds=last.seconds,
+        tokens_per_second=speed, mfu=mfu, dollars=last.dollars, seconds=last.seconds,
         world_size=config.parallel.world_size, layout=layout_name(config.parallel), device=config.cluster.device,
     )  # fmt: skip
 
@@ -130,6 +141,8 @@ def to_plain(item: Any) -> dict[str, Any]:
 def _finite(value: Any, name: str, odd: dict[str, str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v, f"{name}[{i}]", odd) for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _finite(v, f"{name}[{key}]", odd) for key, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         odd[name] = str(value)
         return None
@@ -144,7 +157,8 @@ def from_plain(cls: type, plain: Any) -> Any:
     for name, text in (values.pop("nonfinite", None) or {}).items():
         key, _, index = name.partition("[")
         if index:
-            values[key][int(index.rstrip("]"))] = float(text)
+            at = index.removesuffix("]")
+            values[key][at if isinstance(values[key], dict) else int(at)] = float(text)
         else:
             values[key] = float(text)
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -162,6 +176,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, a) for a in args)
     if origin is list:
         return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, annotation)

@@ -204,12 +204,16 @@ def wandb_values(record: StepRecord) -> dict[str, Any]:
     values = {
         "step": r.step, "tokens": r.tokens, "samples": r.samples,
         "loss/train": r.loss, "loss/eval": r.eval_loss, "loss/balance": r.balance_loss, "loss/z": r.z_loss,
+        "loss/eval_bits_per_byte": r.eval_bits_per_byte,
+        **{f"loss/mtp_{k + 1}": loss for k, loss in enumerate(r.mtp_loss or ())},
+        **{f"loss/eval/{name}": loss for name, loss in (r.eval_loss_by_source or {}).items()},
+        "batch/tokens": r.batch_tokens, "batch/seq_len": r.seq_len,
         "optim/lr": r.lr, "optim/grad_norm": r.grad_norm, "optim/clip_coef": r.clip_coef,
         "speed/step_seconds": r.step_seconds, "speed/tokens_per_second": r.tokens_per_second,
         "speed/tokens_per_second_per_gpu": r.tokens_per_second_per_gpu, "speed/mfu": r.mfu, "speed/eta_seconds": r.eta_seconds,
         "cost/dollars": r.dollars, "cost/dollars_per_billion_tokens": r.dollars_per_billion_tokens, "cost/seconds": r.seconds,
         "router/max_vio_worst": max(r.max_vio) if r.max_vio else None,
-        "router/max_vio_mean": sum(r.max_vio) / len(r.max_vio) if r.max_vio else None,
+        "router/max_vio_mean": r.max_vio_mean, "router/rank_overload_worst": max(r.rank_overload) if r.rank_overload else None,
         "router/dead_experts": r.dead_experts, "router/bias_norm": r.bias_norm, "router/entropy": r.router_entropy,
         "memory/peak_gb": r.memory_gb, "session": r.session,
     }  # fmt: skip

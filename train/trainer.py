@@ -1,10 +1,12 @@
-"""The training loop: read samples, step, evaluate, record, checkpoint; begin anew or go on where the run directory says.
+"""The training loop: phase by phase, step by step, with evaluations, records and checkpoints; begun anew or gone on with.
 
     runs/NAME/  config.yaml  metrics.jsonl  summary.json  tokenizer.json  checkpoints/
+
+A new phase is a resume: the last one ends with a checkpoint, and the next one, perhaps of another layout, loads it.
 """
 
 import dataclasses
-import resource
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,18 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..conf.compose import to_yaml
+from ..conf.phases import Phase, num_steps, num_tokens, phase_at, phases
 from ..conf.schema import Config, ConfigError
-from ..parallel.phases import IGNORED, MicroBatch
 from ..parallel.zero import Chunk, may_lack
-from . import cost, metrics
-from .checkpoint import Checkpointer, find_latest
+from . import cost, metrics, units
+from .checkpoint import Checkpointer, find_latest, read_extra
 from .data import open_corpus
-from .engine import Engine, StepResult, learning_rate
+from .engine import StepResult
 from .metrics import StepRecord, Summary
+from .phase_run import Evaluation, PhaseRun
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+
+# May be another in each session and phase: nothing that is in a checkpoint depends on them.
+FREE_MODEL_FIELDS = ("name", "yarn", "max_seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +39,17 @@ class Outcome:
     summary: Summary | None
     step: int
     stopped: bool  # by `stop()`: saved, and to be continued
+    wants: int = 0  # ranks that the next phase runs on, where they are not as many as these; else 0
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where the run stands: what a checkpoint keeps beside tensors. `sample` is the next one of the phase's stream to be read."""
+    """Where the run stands: what a checkpoint keeps beside tensors. `sample` is the next one of the stream to be read."""
 
     step: int = 0
     tokens: int = 0
     samples: int = 0
-    phase: int = 0
+    stream: int = 0
     sample: int = 0
 
 
@@ -54,6 +60,26 @@ def run(config: Config, device: torch.device, *, stop: Callable[[], bool] = lamb
     FloatingPointError; whatever was saved before stays.
     """
     return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None).run()
+
+
+def find_start(config: Config) -> Path | None:
+    """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it)."""
+    resume, found = config.checkpoint.resume, find_latest(Path(config.run_dir) / "checkpoints")
+    if found and resume == "never":
+        rule = f"{found} is there; to begin anew, choose another `name` or remove the folder"
+        raise ConfigError("checkpoint.resume", "never", rule, "auto")
+    if found or resume in ("auto", "never"):
+        return found
+    named = find_latest(Path(resume) / "checkpoints") or Path(resume)
+    if not named.is_dir():
+        raise ConfigError("checkpoint.resume", resume, "must be auto, never, or an existing checkpoint or run directory", "auto")
+    return named
+
+
+def steps_done(config: Config) -> int:
+    """Where a session started now would begin. Reads the manifest of its checkpoint."""
+    start = find_start(config)
+    return read_extra(start)["progress"]["step"] if start else 0
 
 
 class _Session:
@@ -68,92 +94,133 @@ class _Session:
             async_save=config.checkpoint.async_save,
             group=dist.new_group(backend="gloo"),
         )
+        self.progress, self.part = Progress(), None
         start = self._find_start()  # before anything slow: a wrong directory is refused at once
-        self.corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed, log=log)
-        self.engine = Engine(config, device)
-        self.progress = self._restore(start)
+        self._enter(phase_at(config, read_extra(start)["progress"]["step"] if start else 0), start)
         self.past = metrics.Rewound(session=0, seconds=0.0, dollars=0.0, kept=0, lost=0)
         if self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics.replace_file(self.run_dir / "config.yaml", to_yaml(config))
-            self.corpus.tokenizer.save(self.run_dir / "tokenizer.json")
+            self.part.corpus.tokenizer.save(self.run_dir / "tokenizer.json")
             self.past = metrics.rewind(self.metrics_path, self.progress.step)
-        self._describe(start)
 
     @property
     def metrics_path(self) -> Path:
         return self.run_dir / "metrics.jsonl"
 
+    @property
+    def phase(self) -> Phase:
+        return self.part.phase
+
     # ------------------------------------------------------------ start and end
 
     def _find_start(self) -> Path | None:
-        """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it)."""
-        resume, found = self.config.checkpoint.resume, self.checkpointer.latest()
-        if found and resume == "never":
-            rule = f"{found} is there; to begin anew, choose another `name` or remove the folder"
-            raise ConfigError("checkpoint.resume", "never", rule, "auto")
-        if found or resume in ("auto", "never"):
-            return found
-        named = find_latest(Path(resume) / "checkpoints") or Path(resume)
-        if not named.is_dir():
-            raise ConfigError("checkpoint.resume", resume, "must be auto, never, or an existing checkpoint or run directory", "auto")
-        return named
+        """The first rank's answer, on all ranks."""
+        answer: list[Any] = [None]
+        if self.is_main:
+            try:
+                answer = [find_start(self.config)]
+            except ConfigError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], ConfigError):
+            raise answer[0]
+        return answer[0]
 
-    def _restore(self, start: Path | None) -> Progress:
-        if start is None:
-            return Progress()
+    def _enter(self, phase: Phase, start: Path | None) -> None:
+        """Make this rank's part of a phase, with the state of the checkpoint `start`."""
+        c = phase.config
+        if c.parallel.world_size != dist.get_world_size():
+            rule = f"phase {phase.name} is next, of {c.parallel.world_size} ranks; {dist.get_world_size()} were started"
+            raise ConfigError("number of processes", dist.get_world_size(), rule, c.parallel.world_size)
+        mesh = None
+        begins = self.part is None
+        if not begins:
+            before = self.phase.config
+            mesh = self.part.engine.mesh if before.parallel == c.parallel else None
+            self.part = None  # its weights go before the next are made
+            gc.collect()  # stages and their phases hold one another
+        corpus = open_corpus(c.data, vocab_size=c.model.vocab_size, seed=c.train.seed, extra=c.model.mtp_depth, log=self.log)
+        self.part = PhaseRun(phase, corpus, self.device, mesh)
+        if start is not None:
+            self._load(start)
+        if phase.stream != self.progress.stream:
+            self.progress.stream, self.progress.sample = phase.stream, 0
+        if begins:
+            self._describe_model(start)
+        self._describe_phase()
+
+    def _load(self, start: Path) -> None:
         rng = torch.get_rng_state()
-        chunks = self.engine.chunks(saving=False) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
+        chunks = self.part.engine.chunks(saving=False) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         # Random state belongs to a rank: under another layout some of it has no owner, and some ranks keep their own.
         extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng.") or may_lack(name))
         self._check_same_run(start, extra)
-        self.engine.optimizer.load_state(extra["progress"]["step"])
-        self.engine.placement.load_state(extra)
+        self.part.engine.optimizer.load_state(extra["progress"]["step"])
+        self.part.engine.placement.load_state(extra)
         torch.set_rng_state(rng)
-        return Progress(**extra["progress"])
+        self.progress = Progress(**extra["progress"])
 
     def _check_same_run(self, start: Path, extra: dict[str, Any]) -> None:
-        """Layout, precision, learning rate and length may change between sessions; model and data may not."""
+        """Layout, precision, learning rate and what is to come may change between sessions; model, data and what is past may not."""
         for name, value in dataclasses.asdict(self.config.model).items():
-            if name != "name" and extra["model"][name] != value:
+            if name not in FREE_MODEL_FIELDS and extra["model"][name] != value:
                 raise ConfigError(f"model.{name}", value, f"{start} was trained with another", extra["model"][name])
-        for name, value in (("train.seed", self.config.train.seed), ("data", self.corpus.fingerprint)):
-            saved = extra.get(name)
-            if saved is not None and saved != value:
+        same_stream = extra["progress"].get("stream", 0) == self.phase.stream
+        for name, value in self._stream().items() if same_stream else ():
+            if extra.get(name, value) != value:
                 rule = f"{start} was trained on another stream of samples; choose another `name` for a new run"
-                raise ConfigError(name, value, rule, saved)
+                raise ConfigError(name, value, rule, extra[name])
+        for (name, first), (was, began) in zip(_begun(self.config, extra["progress"]["step"]), extra.get("phases", ())):
+            if (name, first) != (was, began):
+                rule = f"{start} says that phase {was} began after step {began}: phases that are past cannot be changed"
+                raise ConfigError("phases", f"{name} after step {first}", rule)
+
+    def _stream(self) -> dict[str, Any]:
+        """What decides which tokens a sample's number stands for."""
+        c = self.phase.config
+        return {"train.seed": c.train.seed, "data": self.part.corpus.fingerprint, "data.seq_len": c.data.seq_len}
 
     def _save(self) -> None:
         rng = torch.get_rng_state()
-        chunks = self.engine.chunks(saving=True) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
+        chunks = self.part.engine.chunks(saving=True) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
+        c = self.phase.config
         extra = {
             "progress": dataclasses.asdict(self.progress),
-            "model": dataclasses.asdict(self.config.model),
-            "train.seed": self.config.train.seed,
-            "data": self.corpus.fingerprint,
-            "layout": metrics.layout_name(self.config.parallel),
-            "precision": self.config.precision.compute,
-            **self.engine.placement.state(),
+            "phases": _begun(self.config, self.progress.step),
+            "model": dataclasses.asdict(c.model),
+            **self._stream(),
+            "layout": metrics.layout_name(c.parallel),
+            "precision": c.precision.compute,
+            **self.part.engine.placement.state(),
         }
         self.checkpointer.save(self.progress.step, chunks, extra)
 
-    def _describe(self, start: Path | None) -> None:
-        c, p = self.config, cost.num_params(self.config.model)
+    def _describe_model(self, start: Path | None) -> None:
+        c, p = self.phase.config, cost.num_params(self.config.model)
+        predictor = f" (and {(p.trained - p.total) / 1e6:,.1f} M that predict further tokens)" if p.trained > p.total else ""
         self.log(
-            f"{c.model.name}: {p.total / 1e6:,.1f} M parameters, {p.active / 1e6:,.1f} M active; {metrics.layout_name(c.parallel)}, "
+            f"{c.model.name}: {p.total / 1e6:,.1f} M parameters, {p.active / 1e6:,.1f} M active{predictor}; "
             f"{c.parallel.world_size} x {c.cluster.device}, {c.precision.compute}, optimizer {c.optim.engine}"
-        )
-        self.log(
-            f"{c.sequences_per_step} sequences of {c.data.seq_len} a step ({c.num_micro_batches} micro-batches of "
-            f"{c.train.micro_batch_sequences} on each of {c.parallel.dp} data-parallel ranks), {c.train.steps} steps"
         )
         if start is not None:
             self.log(f"resumed at step {self.progress.step} from {start}; the next sample is number {self.progress.sample}")
 
+    def _describe_phase(self) -> None:
+        phase, c = self.phase, self.phase.config
+        first, last = phase.levels[0].batch_tokens // c.data.seq_len, c.sequences_per_step
+        size = f"{last}" if first == last else f"{first} to {last}"
+        steps = f"steps {phase.first_step + 1} to {phase.end_step} of {num_steps(self.config)}"
+        named = f"phase {phase.name}, {steps}: " if self.config.phases else ""
+        self.log(
+            f"{named}{size} sequences of {c.data.seq_len} a step, in micro-batches of {c.train.micro_batch_sequences}; "
+            f"{units.count(phase.num_tokens)} tokens in {phase.num_steps} steps; {metrics.layout_name(c.parallel)}"
+        )
+
     def _summary(self) -> Summary | None:
         if not self.is_main or not self.metrics_path.exists():
             return None
-        summary = metrics.summarize(self.config, metrics.scan_records(self.metrics_path, lambda *bad: None))
+        summary = metrics.summarize(self.phase.config, metrics.scan_records(self.metrics_path, lambda *bad: None))
         if summary is not None:
             summary.write(self.run_dir / "summary.json")
         return summary
@@ -161,122 +228,102 @@ class _Session:
     # ------------------------------------------------------------ the loop
 
     def run(self) -> Outcome:
-        c, saved, stopping = self.config, self.progress.step, False
-        last = min(c.train.steps, self.progress.step + c.train.stop_after) if c.train.stop_after else c.train.steps
+        c, saved, stopping, wants = self.config, self.progress.step, False, 0
+        last = num_steps(c)
+        if c.train.stop_after:
+            last = min(last, self.progress.step + c.train.stop_after)
         sinks = self._open_sinks()
         try:
-            while self.progress.step < last and not stopping:
+            while self.progress.step < last and not stopping and not wants:
                 record, stopping = self._step()
                 sinks.write(record)
                 due = c.checkpoint.interval and self.progress.step % c.checkpoint.interval == 0
-                if due or stopping or self.progress.step == last:
+                over = self.progress.step == self.phase.end_step
+                if due or stopping or over or self.progress.step == last:
                     self._save()
                     saved = self.progress.step
+                if over and self.progress.step < last and not stopping:
+                    wants = self._go_on()
             self.checkpointer.wait()
         finally:
             sinks.close()
         assert saved == self.progress.step
-        return Outcome(summary=self._summary(), step=self.progress.step, stopped=stopping)
+        return Outcome(summary=self._summary(), step=self.progress.step, stopped=stopping, wants=wants)
+
+    def _go_on(self) -> int:
+        """Into the next phase; or the number of ranks that it wants, if that is another."""
+        upcoming = phase_at(self.config, self.progress.step)
+        if upcoming.config.parallel.world_size != dist.get_world_size():
+            return upcoming.config.parallel.world_size
+        self._enter(upcoming, self.checkpointer.latest())
+        return 0
 
     def _open_sinks(self) -> Sinks:
         c = self.config
         if not self.is_main:
             return Sinks([])
-        console = ConsoleSink(c.train.steps, log_interval=c.launch.log_interval)
+        console = ConsoleSink(num_steps(c), log_interval=c.launch.log_interval)
         wandb = WandbSink(c, self.run_dir, mode=c.launch.wandb, project=c.launch.wandb_project)
         return Sinks([JsonlSink(self.metrics_path), console, wandb])
 
     def _step(self) -> tuple[StepRecord, bool]:
-        c, began = self.config, time.monotonic()
-        lr = learning_rate(c.optim, self.progress.step, c.train.steps)
-        result = self.engine.train_step(self._read_step(), lr, flags=self._flags())
-        self.progress.step += 1
-        self.progress.tokens += result.tokens
-        self.progress.samples += c.sequences_per_step
-        self.progress.sample += c.sequences_per_step
-        seconds = time.monotonic() - began
-        step, interval = self.progress.step, c.train.eval_interval
-        eval_loss = self._evaluate() if step == c.train.steps or (interval and step % interval == 0) else None
-        return self._record(result, lr, seconds, eval_loss), bool(result.flags[0] > 0)
+        began, p, phase = time.monotonic(), self.progress, self.phase
+        batch_tokens = phase.batch_tokens(p.step)
+        lr = self.part.learning_rate(p.step)
+        result = self.part.train(p.step, p.sample, stop=self.stop())
+        p.step += 1
+        p.tokens += result.tokens
+        p.samples += batch_tokens // phase.config.data.seq_len
+        p.sample += batch_tokens // phase.config.data.seq_len
+        seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
+        held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
+        return self._record(result, lr, seconds, held_out), bool(result.flags[0] > 0)
 
-    def _read_step(self) -> list[MicroBatch]:
-        """This rank's samples: micro-batch i of data-parallel rank r holds (i * dp + r) * B and on, so any layout reads the same set."""
-        c = self.config
-        size, dp = c.train.micro_batch_sequences, c.parallel.dp
-        first = self.progress.sample + self.engine.mesh.dp_rank * size
-        starts = torch.arange(c.num_micro_batches) * (dp * size) + first
-        indices = starts[:, None] + torch.arange(size)
-        rows = self.corpus.train(indices.flatten().numpy(), phase=self.progress.phase)
-        return [_micro_batch(part, self.device) for part in rows.split(size)]
-
-    def _evaluate(self) -> float | None:
-        """Mean loss on the first `train.eval_sequences` held-out samples (all, where there are fewer); None where there are none."""
-        c, mesh = self.config, self.engine.mesh
-        wanted = min(c.train.eval_sequences, self.corpus.num_eval_samples)
-        size, dp, per_round = c.train.micro_batch_sequences, c.parallel.dp, c.sequences_per_step
-        loss, tokens = 0.0, 0
-        for first in range(0, wanted, per_round):
-            batches = []
-            for i in range(c.num_micro_batches):
-                start = first + (i * dp + mesh.dp_rank) * size
-                rows = self.corpus.eval([min(index, wanted - 1) for index in range(start, start + size)])
-                rows[max(0, wanted - start) :, 1:] = IGNORED  # past the last: every rank still runs every micro-batch
-                batches.append(_micro_batch(rows, self.device, counted=False))
-            part, count = self.engine.evaluate(batches)
-            loss, tokens = loss + part, tokens + count
-        return loss / tokens if tokens else None
-
-    def _flags(self) -> Tensor:
-        """Beside the step's counts: whether this rank was asked to stop, and each rank's peak memory in its own slot, bytes."""
-        flags = torch.zeros(1 + dist.get_world_size(), dtype=torch.float64)
-        flags[0] = float(self.stop())
-        flags[1 + self.rank] = peak_memory(self.device)
-        return flags
-
-    def _record(self, result: StepResult, lr: float, seconds: float, eval_loss: float | None) -> StepRecord:
-        c, p, loads = self.config, self.progress, result.loads.tolist()
+    def _record(self, result: StepResult, lr: float, seconds: float, held_out: Evaluation | None) -> StepRecord:
+        c, p, loads = self.phase.config, self.progress, result.loads.tolist()
         devices, held = cost.num_devices(c), time.monotonic() - self.began
-        per_device = result.tokens / seconds / devices
+        speed = result.tokens / seconds
+        max_vio = metrics.max_violation(loads)
         return StepRecord(
             step=p.step,
             tokens=p.tokens,
             samples=p.samples,
+            phase=self.phase.name,
+            batch_tokens=result.tokens,
+            seq_len=c.data.seq_len,
             loss=result.loss,
+            mtp_loss=result.mtp_losses or None,
+            mtp_weight=c.optim.mtp_weight if result.mtp_losses else None,
             lr=lr,
             grad_norm=result.grad_norm,
             clip_coef=result.clip_coef,
             step_seconds=seconds,
-            tokens_per_second=result.tokens / seconds,
-            tokens_per_second_per_gpu=per_device,
-            mfu=cost.mfu(per_device, c),
+            tokens_per_second=speed,
+            tokens_per_second_per_gpu=speed / devices,
+            mfu=cost.mfu(speed / devices, c),
             seconds=self.past.seconds + held,
             dollars=self.past.dollars + cost.dollars(held, devices, c.cluster),
-            dollars_per_billion_tokens=cost.dollars_per_billion_tokens(per_device, c.cluster),
-            eta_seconds=(c.train.steps - p.step) * seconds,
-            eval_loss=eval_loss,
+            dollars_per_billion_tokens=cost.dollars_per_billion_tokens(speed / devices, c.cluster),
+            eta_seconds=max(0, num_tokens(self.config) - p.tokens) / speed,
+            eval_loss=held_out.loss if held_out else None,
+            eval_loss_by_source=held_out.by_source if held_out else None,
+            eval_bits_per_byte=held_out.bits_per_byte if held_out else None,
             balance_loss=result.balance_loss,
             z_loss=result.z_loss,
             expert_load=loads,
-            max_vio=metrics.max_violation(loads),
+            max_vio=max_vio,
+            max_vio_mean=sum(max_vio) / len(max_vio) if max_vio else 0.0,
+            rank_overload=result.rank_overload,
             dead_experts=metrics.count_dead(loads),
             bias_norm=result.bias_norm,
+            bias_update_speed=c.optim.bias_update_speed,
+            router_entropy=result.router_entropy,
             memory_gb=result.flags[1:].max().item() / 1e9,
             time_unix=time.time(),
             session=self.past.session,
         )
 
 
-def _micro_batch(rows_BS1: Tensor, device: torch.device, counted: bool = True) -> MicroBatch:
-    """(B, S + 1) consecutive tokens -> inputs and next tokens. An IGNORED target's own input is never looked at as a target."""
-    rows = rows_BS1.to(device)
-    tokens = rows[:, :-1].clamp(min=0).contiguous()  # IGNORED, where it stands in a row, is no token
-    return MicroBatch(tokens_BS=tokens, targets_BN=rows[:, 1:].contiguous(), counted=counted)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this rank has held at most: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
+def _begun(config: Config, step: int) -> list[list]:
+    """[name, first step] of the phases that have begun when `step` steps are done."""
+    return [[phase.name, phase.first_step] for phase in phases(config) if phase.first_step <= step]

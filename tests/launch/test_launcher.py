@@ -39,7 +39,7 @@ def _add_up(config, failures, word):
 
 
 def test_ranks_meet_and_only_rank_0_has_the_console(config, capfd):
-    assert launcher.start(config, "cpu", _add_up, "sum") == exit_codes.PREEMPTED
+    assert launcher.start(config, "cpu", _add_up, "sum", world_size=config.parallel.world_size) == exit_codes.PREEMPTED
     out, err = capfd.readouterr()
     assert out == "rank 0 of 4: sum 4\n" and err == ""
     written = sorted(path.read_text() for path in Path(config.run_dir).glob("logs/*/*/*/*/stdout.log"))
@@ -54,7 +54,7 @@ def _one_has_bad_data(config, failures):
 
 
 def test_the_cause_is_told_and_not_its_consequences(config, capfd):
-    assert launcher.start(config, "cpu", _one_has_bad_data) == exit_codes.DATA
+    assert launcher.start(config, "cpu", _one_has_bad_data, world_size=config.parallel.world_size) == exit_codes.DATA
     err = capfd.readouterr().err.splitlines()
     assert err[0] == "error: rank 2: no text in corpus/"
     assert err[1].startswith("what the other ranks wrote: ") and len(err) == 2
@@ -70,7 +70,7 @@ def _the_last_is_the_cause(config, failures):
 def test_an_error_of_its_own_outranks_an_earlier_lost_connection(config, capfd):
     signal_ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank's own handler does: it lives until it has said its error
     try:
-        code = launcher.start(config, "cpu", _ignoring_sigterm, _the_last_is_the_cause)
+        code = launcher.start(config, "cpu", _ignoring_sigterm, _the_last_is_the_cause, world_size=config.parallel.world_size)
     finally:
         signal.signal(signal.SIGTERM, signal_ignored)
     assert code == exit_codes.FAILED
@@ -96,7 +96,7 @@ def _one_is_killed(config, failures):
 
 
 def test_a_killed_rank_is_named_with_its_last_words(config, capfd):
-    assert launcher.start(config, "cpu", _one_is_killed) == exit_codes.LOST
+    assert launcher.start(config, "cpu", _one_is_killed, world_size=config.parallel.world_size) == exit_codes.LOST
     err = capfd.readouterr().err
     assert "  rank 2 | allocating\n" in err and "error: rank 2 " in err and "out of memory" in err
     assert "Traceback" not in err and "rank 0" not in err
@@ -119,7 +119,7 @@ def _in_a_process_of_its_own(config, polite: bool) -> int:
     if child == 0:
         code = 99
         try:
-            code = launcher.start(config, "cpu", _until_told, polite)
+            code = launcher.start(config, "cpu", _until_told, polite, world_size=config.parallel.world_size)
         finally:
             os._exit(code)
     return child

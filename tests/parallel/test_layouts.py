@@ -48,7 +48,7 @@ def job(overrides, routing):
         result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:]) for r in mine], LR)
         records.append((result.loss, result.grad_norm, result.clip_coef, result.balance_loss, result.z_loss, result.loads))
     held = [MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:], counted=False) for r in mine]
-    loss, tokens = engine.evaluate(held)
+    loss, tokens, _ = engine.evaluate(held)
     state = {name: (c.numel, c.offset, c.data.clone()) for name, c in engine.chunks(saving=True).items()}
     return records, gradients | state, loss / tokens
 

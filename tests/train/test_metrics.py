@@ -157,10 +157,11 @@ def test_summary_has_what_a_run_directory_promises(tmp_path):
     assert metrics.summarize(config, []) is None
 
 
-def test_summary_mfu_is_per_device():
-    one = metrics.summarize(load(["cluster=h100", "precision=bf16"]), [record(1)])
-    four = metrics.summarize(load(["cluster=h100", "precision=bf16", "parallel.ep=4"]), [record(1)])
-    assert one.mfu == pytest.approx(4 * four.mfu)
+def test_summary_mfu_is_that_of_the_time():
+    """Phases differ in FLOPs per token and in layout: each step counts by its seconds. One unknown step leaves the whole unknown."""
+    slow, fast = record(1, mfu=0.1, step_seconds=3.0), record(2, mfu=0.5, step_seconds=1.0)
+    assert metrics.summarize(load([]), [slow, fast]).mfu == pytest.approx(0.2)
+    assert metrics.summarize(load([]), [slow, record(2)]).mfu is None
 
 
 def test_layout_names():

@@ -101,7 +101,7 @@ def test_a_live_line_fits_a_narrow_terminal():
 
 
 def test_wandb_names_are_stable_and_skip_what_was_not_measured():
-    values = sinks.wandb_values(record(3, max_vio=[0.5, 1.5], eval_loss=None))
+    values = sinks.wandb_values(record(3, max_vio=[0.5, 1.5], max_vio_mean=1.0, eval_loss=None))
     assert values["loss/train"] == 5.25 and values["cost/dollars"] == 0.0012 and values["speed/mfu"] == 0.123
     assert (values["router/max_vio_worst"], values["router/max_vio_mean"]) == (1.5, 1.0)
     assert "loss/eval" not in values and not any(isinstance(v, list) for v in values.values())

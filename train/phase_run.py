@@ -1,0 +1,102 @@
+"""One phase of a run on this rank: its corpus, its engine, and what is done with them: read a step's samples, train, evaluate.
+
+Everything in it is constant but the weights: where the next phase differs, another one is made.
+"""
+
+import math
+import resource
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..conf.phases import Phase
+from ..parallel.groups import Mesh
+from ..parallel.phases import IGNORED, MicroBatch
+from .data import Corpus
+from .engine import Engine, StepResult, learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out losses, nats per token; bits per byte of text where the tokenizer's ids are bytes."""
+
+    loss: float
+    by_source: dict[str, float]
+    bits_per_byte: float | None
+
+
+class PhaseRun:
+    """Collective to build, as `Engine` is. `mesh`: another phase's, where the layout is the same."""
+
+    def __init__(self, phase: Phase, corpus: Corpus, device: torch.device, mesh: Mesh | None = None):
+        self.phase, self.corpus, self.device = phase, corpus, device
+        self.engine = Engine(phase.config, device, mesh)
+        self.dp_rank = self.engine.mesh.dp_rank
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.phase.config.optim, step - self.phase.first_step, self.phase.num_steps)
+
+    def train(self, step: int, first_sample: int, *, stop: bool) -> StepResult:
+        """Step `step` of the run (0 is the first) on the stream's samples from `first_sample` on. `stop`: this rank was asked to."""
+        batches = self._read(first_sample, self.phase.micro_batches(self.phase.batch_tokens(step)))
+        return self.engine.train_step(batches, self.learning_rate(step), flags=self._flags(stop))
+
+    def _read(self, first_sample: int, num: int) -> list[MicroBatch]:
+        """This rank's `num` micro-batches: number i of data-parallel rank r holds samples (i * dp + r) * B and on, so that any layout
+        reads the same set."""
+        c = self.phase.config
+        size, dp = c.train.micro_batch_sequences, c.parallel.dp
+        starts = torch.arange(num) * (dp * size) + first_sample + self.dp_rank * size
+        indices = starts[:, None] + torch.arange(size)
+        rows = self.corpus.train(indices.flatten().numpy(), phase=self.phase.stream)
+        return [self._micro_batch(part) for part in rows.split(size)]
+
+    def evaluate(self) -> Evaluation | None:
+        """On `train.eval_sequences` held-out samples, shared among the sources (all, where there are fewer); None where there are none."""
+        sums = {name: self._evaluate(samples) for name, samples in self.corpus.eval_plan(self.phase.config.train.eval_sequences).items()}
+        if not sums:
+            return None
+        loss, tokens, num_bytes = (sum(column) for column in zip(*sums.values()))
+        return Evaluation(
+            loss=loss / tokens,
+            by_source={name: loss / tokens for name, (loss, tokens, _) in sums.items()},
+            bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None,
+        )
+
+    def _evaluate(self, samples: range) -> tuple[float, int, int]:
+        """(summed loss, tokens, bytes of text) of one source's samples."""
+        c = self.phase.config
+        size, dp, num = c.train.micro_batch_sequences, c.parallel.dp, c.num_micro_batches
+        sums = (0.0, 0, 0)
+        for first in range(samples.start, samples.stop, dp * size * num):
+            batches = []
+            for i in range(num):
+                start = first + (i * dp + self.dp_rank) * size
+                rows = self.corpus.eval([min(index, samples.stop - 1) for index in range(start, start + size)])
+                rows[max(0, samples.stop - start) :, 1:] = IGNORED  # past the last: every rank still runs every micro-batch
+                batches.append(self._micro_batch(rows, counted=False))
+            num_bytes = sum(self.corpus.num_bytes(b.ahead(1)) or 0 for b in batches)
+            sums = tuple(a + b for a, b in zip(sums, self.engine.evaluate(batches, num_bytes)))
+        return sums
+
+    def _micro_batch(self, rows_BW: Tensor, counted: bool = True) -> MicroBatch:
+        """(B, S + 1 + depth) consecutive tokens. An IGNORED target's own input is never looked at as a target."""
+        rows, seq_len = rows_BW.to(self.device), self.phase.config.data.seq_len
+        tokens = rows[:, :seq_len].clamp(min=0).contiguous()  # IGNORED, where it stands in a row, is no token
+        return MicroBatch(tokens_BS=tokens, targets_BN=rows[:, 1:].contiguous(), counted=counted)
+
+    def _flags(self, stop: bool) -> Tensor:
+        """Summed with the step's counts: whether this rank was asked to stop, and each rank's peak memory in its own slot, bytes."""
+        flags = torch.zeros(1 + dist.get_world_size(), dtype=torch.float64)
+        flags[0] = float(stop)
+        flags[1 + dist.get_rank()] = peak_memory(self.device)
+        return flags
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this rank has held at most: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
