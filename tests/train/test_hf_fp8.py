@@ -29,8 +29,8 @@ RAGGED = ModelConfig(
     num_shared_experts=1, expert_hidden_dim=129, num_groups=4, num_limited_groups=2, route_scale=2.5, init_std=0.06, mtp_depth=1,
 )  # fmt: skip
 EVEN = dataclasses.replace(
-    RAGGED, mtp_depth=0, dim=256, kv_lora_rank=112, q_lora_rank=128, v_head_dim=80, qk_nope_head_dim=48, dense_hidden_dim=384,
-    expert_hidden_dim=128,
+    RAGGED, mtp_depth=0, dim=256, kv_lora_rank=64, q_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+    dense_hidden_dim=384, expert_hidden_dim=128,
 )  # fmt: skip
 
 
