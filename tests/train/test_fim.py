@@ -93,11 +93,11 @@ def test_a_corpus_can_be_put_back_in_order(tmp_path, kind):
 
 
 def test_without_it_nothing_changes(tmp_path):
-    """No ids are added, and a cache keeps its name; with it, both are others."""
+    """No ids are added; and each rate has a cache of its own."""
     documents = ["some text to read, and then more of it\n" * 3] * 4
-    for rate in (0.0, 0.1):
+    for rate in (0.0, 0.1, 0.2):
         open_quietly(data_config(tmp_path, documents, fim_rate=rate))
-    assert len(list((tmp_path / "c" / "tokens").iterdir())) == 2
+    assert len(list((tmp_path / "c" / "tokens").iterdir())) == 3
     assert (ByteTokenizer().vocab_size, ByteTokenizer(fim=True).vocab_size) == (257, 260)
     assert ByteTokenizer().fim_ids is None and ByteTokenizer(fim=True).fim_ids == (257, 258, 259)
     assert ByteTokenizer(fim=True).bytes_of_id()[256:].tolist() == [0] * 4
