@@ -74,7 +74,14 @@ def overload(ranks):
     return (received.max(0).values / received.mean(0)).tolist()
 
 
-@pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16 model.mtp_depth=1 train.recompute=[attention,experts]"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "precision=fp32",
+        "precision=bf16 model.mtp_depth=1 train.recompute=[attention,experts]",
+        "precision=bf16 optim.algorithm=muon optim.ema_decay=0.9 optim.offload=true",
+    ],
+)
 def test_bit_identical_and_flatter(options):
     """Bit for bit, while nothing is clipped: an expert's rows are in the same order wherever it lives, and a token's copies are added in
     the order of its choices, so only the global norm is another sum."""
