@@ -42,6 +42,12 @@ def test_text_and_what_is_told_of_it(exported, capsys):
     assert len(greedy) == 1
 
 
+def test_what_breaks_off_in_a_character_is_shown(exported, capsys):
+    """Texts of one byte each: some are the begin of a character that never comes."""
+    texts = sample(capsys, exported, "--num", 12, "--max-tokens", 1, "--temperature", 2)[1]
+    assert texts.count("\n") >= 12 and "\ufffd\n" in texts
+
+
 def test_a_text_as_long_as_the_model_can(exported, capsys):
     code, _, err = sample(capsys, exported, "--temperature", 2, "--top-p", 1)
     assert code == exit_codes.OK and err.startswith("at most 39 tokens: prompt and text must fit model.max_seq_len = 40\n")

@@ -1,5 +1,7 @@
 """Fill in the middle: undoing the reordering gives the document back, as often as asked, in training documents only."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tokenizers
@@ -95,8 +97,9 @@ def test_a_corpus_can_be_put_back_in_order(tmp_path, kind):
 def test_without_it_nothing_changes(tmp_path):
     """No ids are added; and each rate has a cache of its own."""
     documents = ["some text to read, and then more of it\n" * 3] * 4
+    config = data_config(tmp_path, documents)
     for rate in (0.0, 0.1, 0.2):
-        open_quietly(data_config(tmp_path, documents, fim_rate=rate))
+        open_quietly(dataclasses.replace(config, fim_rate=rate))
     assert len(list((tmp_path / "c" / "tokens").iterdir())) == 3
     assert (ByteTokenizer().vocab_size, ByteTokenizer(fim=True).vocab_size) == (257, 260)
     assert ByteTokenizer().fim_ids is None and ByteTokenizer(fim=True).fim_ids == (257, 258, 259)
