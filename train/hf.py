@@ -1,7 +1,7 @@
 """To and from Hugging Face: runs become DeepSeek checkpoints that `transformers` loads, and such checkpoints become models.
 
 Everything is streamed, a few million elements at a time. Whatever the size of model, tensors and shards, a conversion (`export`,
-`import_`) holds less than `CONVERSION_BYTES` of memory beyond what the process had before, and 5 KB for each tensor it has to list.
+`import_`) holds less than `CONVERSION_BYTES` of memory beyond what the process had before, and some KB for each tensor it has to list.
 """
 
 import shutil
