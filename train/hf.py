@@ -26,7 +26,7 @@ from .tokenizer import load_tokenizer
 
 __all__ = ["CONVERSION_BYTES", "HFError", "ModelWeights", "WeightSource", "export", "import_", "load_pretrained", "write"]
 
-CONVERSION_BYTES = 256 * 2**20
+CONVERSION_BYTES = 128 * 2**20
 MTP = ("check", "shared-from-main", "skip")
 
 
