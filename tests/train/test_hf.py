@@ -16,6 +16,7 @@ from shoestring.conf.compose import load, to_yaml
 from shoestring.conf.schema import ModelConfig, YarnConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.phases import MicroBatch
+from shoestring.parallel.zero import Chunk
 from shoestring.train import hf_files, hf_format
 from shoestring.train.checkpoint import Checkpointer
 from shoestring.train.engine import Engine
@@ -334,6 +335,46 @@ def test_a_run_of_four_ranks_is_exported_whole(tmp_path):
 
     one = export(run_dir / "checkpoints" / "step_00000007", tmp_path / "fp32", dtype="fp32", max_shard_bytes=1e5)
     assert one.name == "step_00000007" and len(list((tmp_path / "fp32").glob("*.safetensors"))) > 3
+
+
+def _checkpoint_of(model: CausalLM, folder: Path, *, order: dict[str, list[int]]) -> Path:
+    """As a run would have saved it, with experts in slots in the given order by layer, and an average that is twice the weights."""
+    chunks = {}
+    for name, tensor in [*model.stage.named_parameters(), *model.stage.named_buffers()]:
+        if ".experts." in name:
+            tensor = tensor[order[name.split(".")[1]]]
+        flat = tensor.detach().flatten().clone()
+        suffixed = {name: flat} if name.endswith(".bias") else {f"{name}.master": flat, f"{name}.ema": 2 * flat}
+        chunks |= {key: Chunk(len(value), 0, value) for key, value in suffixed.items()}
+    extra = {"progress": {"step": 1}, "model": dataclasses.asdict(model.m), "precision": "fp32", "placement": order}
+    Checkpointer(folder / "checkpoints", keep_last=1, async_save=False).save(1, chunks, extra)
+    return folder
+
+
+def test_moved_experts_are_exported_in_order(tmp_path):
+    model = build(small())
+    run = _checkpoint_of(model, tmp_path / "run", order={"1": [3, 1, 0, 2, 7, 6, 5, 4], "2": [1, 2, 3, 4, 5, 6, 7, 0]})
+    export(run, tmp_path / "hf")
+    write(ModelWeights(model), model.m, tmp_path / "wanted", dtype="fp32")
+    assert (tmp_path / "hf" / hf_files.SINGLE).read_bytes() == (tmp_path / "wanted" / hf_files.SINGLE).read_bytes()
+
+
+def test_the_average_is_exported(tmp_path):
+    model, order = build(small()), {"1": list(range(8)), "2": list(range(8))}
+    run = _checkpoint_of(model, tmp_path / "run", order=order)
+    export(run, tmp_path / "hf", weights="ema")
+    found = load_pretrained(tmp_path / "hf").stage
+    for name, weight in model.stage.named_parameters():
+        assert torch.equal(found.get_parameter(name), 2 * weight), name
+    assert torch.equal(found.layers["1"].router.bias, model.stage.layers["1"].router.bias)
+
+
+def test_a_run_without_an_average(tmp_path):
+    model = build(small())
+    write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32")
+    import_(tmp_path / "hf", tmp_path / "start")
+    with pytest.raises(HFError, match=r"holds no ema weights: was optim\.ema_decay 0\?"):
+        export(tmp_path / "start", tmp_path / "out", weights="ema")
 
 
 def test_what_is_no_run_is_refused(tmp_path):
