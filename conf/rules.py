@@ -221,6 +221,8 @@ def _model(c: Config) -> Iterator[Broken]:
         yield "model.num_groups", f"must divide model.num_experts = {m.num_experts}"
     elif m.num_groups > 1 and m.num_experts // m.num_groups < 2:
         yield "model.num_groups", "a group is ranked by its two best experts, so it needs two"
+    if m.score_func == "softmax" and m.num_limited_groups < m.num_groups:
+        yield "model.score_func", "softmax scores (DeepSeek-V2) know no limit on groups as V3 has it: model.num_limited_groups < num_groups"
     if m.num_limited_groups > m.num_groups:
         yield "model.num_limited_groups", f"must not exceed model.num_groups = {m.num_groups}"
     elif m.num_experts % m.num_groups == 0 and m.top_k > (reachable := m.num_experts // m.num_groups * m.num_limited_groups):

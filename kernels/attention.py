@@ -3,17 +3,28 @@
 B sequences   H heads   S positions   Q query/key head dim   V value head dim
 """
 
+import contextlib
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from .recompute import recomputed
 
-def causal_attention(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T, causal) v -> (B, H, S, V). Differentiable.
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys, values
+
+
+def causal_attention(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, *, again: Callable[[], Heads] | None = None) -> Tensor:
+    """softmax(scale q k^T, causal) v -> (B, H, S, V). Differentiable. `again`: makes q, k and v for backward, which are then not kept.
 
     On CPU the values are padded to the keys' width: torch's fused kernel wants equal widths, and its fall-back builds the S x S matrix.
     """
-    value_dim, pad = v_BHSV.shape[-1], q_BHSQ.shape[-1] - v_BHSV.shape[-1]
-    if q_BHSQ.device.type == "cpu" and pad > 0:
-        v_BHSV = F.pad(v_BHSV, (0, pad))
-    out = F.scaled_dot_product_attention(q_BHSQ, k_BHSQ, v_BHSV, is_causal=True, scale=scale)
+    heads, value_dim = _padded(q_BHSQ, k_BHSQ, v_BHSV), v_BHSV.shape[-1]
+    with recomputed(heads, lambda: _padded(*again())) if again else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)
     return out[..., :value_dim]
+
+
+def _padded(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor) -> Heads:
+    pad = q_BHSQ.shape[-1] - v_BHSV.shape[-1]
+    return q_BHSQ, k_BHSQ, F.pad(v_BHSV, (0, pad)) if q_BHSQ.device.type == "cpu" and pad > 0 else v_BHSV

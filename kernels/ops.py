@@ -1,5 +1,8 @@
-"""The kernels as one rank uses them: bound to its weight-gradient store, and to whether elementwise arithmetic is compiled."""
+"""The kernels as one rank uses them: bound to its weight-gradient store, to whether elementwise arithmetic is compiled, and to what is
+recomputed in backward."""
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +12,7 @@ from .cross_entropy import linear_cross_entropy
 from .embedding import embedding
 from .grouped import RowGroups, grouped_linear
 from .linear import linear
+from .recompute import discard, recomputed
 from .rms_norm import rms_norm
 from .rotary import rotate
 from .swiglu import swiglu
@@ -17,10 +21,21 @@ from .weight_grad import WeightGradStore
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """Each method is the kernel of that name, in the file of that name, which has the shapes."""
+    """Each method is the kernel of that name, in the file of that name, which has the shapes.
+
+    `recompute`: names of what `recomputed` and `discard` act on; they do nothing for others.
+    """
 
     store: WeightGradStore = field(default_factory=WeightGradStore)
     compiled: bool = False
+    recompute: frozenset[str] = frozenset()
+
+    def recomputed(self, name: str, made: Sequence[Tensor], by: Callable[[], Sequence[Tensor]]) -> contextlib.AbstractContextManager:
+        return recomputed(made, by) if name in self.recompute and torch.is_grad_enabled() else contextlib.nullcontext()
+
+    def discard(self, name: str, tensor: Tensor) -> None:
+        if name in self.recompute and torch.is_grad_enabled():
+            discard(tensor)
 
     def embedding(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
         return embedding(tokens_T, weight_VD, self.store)

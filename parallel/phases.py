@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 IGNORED = -100  # a target that has no loss
 
@@ -88,20 +89,25 @@ class ComputePhase:
         with torch.set_grad_enabled(saved is not None and not self.recompute):
             outputs = self.compute(batch, *leaves)
         if saved is not None:
-            saved.append((batch, leaves, None if self.recompute else outputs))
+            saved.append((batch, leaves, None if self.recompute else _edges(outputs)))
         outputs = tuple(o.detach() if isinstance(o, Tensor) else o for o in outputs)
         self.after(*outputs)
         return outputs
 
     def backward(self, saved: list, *grads) -> tuple:
-        batch, leaves, outputs = saved.pop()
-        if outputs is None:
+        batch, leaves, edges = saved.pop()
+        if edges is None:
             with torch.enable_grad():
-                outputs = self.compute(batch, *leaves)
-        pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+                edges = _edges(self.compute(batch, *leaves))
+        pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge is not None and grad is not None]
         if pairs:
             torch.autograd.backward(*zip(*pairs))
         return tuple(leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+
+def _edges(outputs: tuple) -> list:
+    """Where backward enters for each output. The outputs themselves belong to whom they were handed on: here they would be kept alive."""
+    return [get_gradient_edge(o) if isinstance(o, Tensor) and o.requires_grad else None for o in outputs]
 
 
 class EmptyPhase:

@@ -60,7 +60,7 @@ class Engine:
         self.config, self.device = config, torch.device(device)
         self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
-        self.ops = Ops(compiled=config.launch.compile)
+        self.ops = Ops(compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
         self.placement = Placement(config, self.device)
         self.stages = self._build_stages()
         self.biases = self._share_biases()
@@ -93,7 +93,6 @@ class Engine:
                     dtype=self.dtype,
                     dispatcher=dispatcher,
                     ops=self.ops,
-                    recompute=c.train.recompute,
                     shared_embed=stages[0].embed if is_last and c.model.embeds_at_head and 0 in stages else None,
                     slot_of=self.placement.slot_of,
                 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.ops import Ops
-from .attention import LATENT_NORM_EPS, Attention
+from .attention import LATENT_NORM_EPS, Attention, norm_linear
 from .model import CausalLM
 from .rope import rotations
 
@@ -29,14 +29,15 @@ class CachedAttention(nn.Module):
         self.kept = torch.empty(len(turns), m.kv_lora_rank + m.qk_rope_head_dim, dtype=like.dtype, device=like.device)
         self.up_HXL = like.detach().view(m.num_heads, m.qk_nope_head_dim + m.v_head_dim, m.kv_lora_rank)
 
-    def forward(self, u_ND: Tensor, _, ops: Ops) -> Tensor:
-        """(N, D) -> (N, D). The turns that it is given are those of a sequence's begin, and not used."""
+    def forward(self, x_ND: Tensor, norm_D: Tensor, _, ops: Ops) -> Tensor:
+        """(N, D), normed here by `norm_D` -> (N, D). The turns that it is given are those of a sequence's begin, and not used."""
         a, m, old = self.attention, self.attention.m, self.length
-        self.length = old + len(u_ND)
+        self.length = old + len(x_ND)
         turns = self.turns[old : self.length]
-        q, kv, k_rope = ops.linear(u_ND, a.qkv_a).split([m.q_lora_rank or a.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
+        parts = norm_linear(x_ND, norm_D, m.norm_eps, a.qkv_a, ops)
+        q, kv, k_rope = parts.split([m.q_lora_rank or a.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
         if m.q_lora_rank:
-            q = ops.linear(ops.rms_norm(q, a.q_norm, LATENT_NORM_EPS), a.q_b)
+            q = norm_linear(q, a.q_norm, LATENT_NORM_EPS, a.q_b, ops)
         k_rope = ops.rotate(k_rope.reshape(1, -1, 1, m.qk_rope_head_dim), turns).flatten(1).view_as(k_rope)
         self.kept[old : self.length] = torch.cat([ops.rms_norm(kv, a.kv_norm, LATENT_NORM_EPS), k_rope], 1)
 
@@ -44,7 +45,7 @@ class CachedAttention(nn.Module):
         q_nope, q_rope = q.view(1, -1, m.num_heads, m.qk_head_dim).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
         q_HNL, q_rope_HNR = torch.einsum("nhx,hxl->hnl", q_nope[0], k_up_HXL), ops.rotate(q_rope, turns)[0].transpose(0, 1)
         mixed_HNL = self._attend(torch.cat([q_HNL, q_rope_HNR], -1))
-        return ops.linear(torch.einsum("hnl,hxl->nhx", mixed_HNL, v_up_HXL).reshape(len(u_ND), -1), a.out)
+        return ops.linear(torch.einsum("hnl,hxl->nhx", mixed_HNL, v_up_HXL).reshape(len(x_ND), -1), a.out)
 
     def _attend(self, q_HNK: Tensor) -> Tensor:
         """The last N tokens' queries, over latent and shared key (K = L + R), against the cache -> mixed latents (H, N, L).

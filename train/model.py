@@ -8,7 +8,7 @@ T = B * S tokens   D model dim   V vocabulary   R rows after dispatch   L losses
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +37,24 @@ class Block(nn.Module):
         if self.is_moe:
             self.router = Router(m, balance, dtype)
             self.experts = Experts(m.num_experts // ep, m.dim, m.expert_hidden_dim, dtype)
-            if m.num_shared_experts:
-                self.shared = MLP(m.dim, m.shared_hidden_dim, dtype)
+            self.shared = MLP(m.dim, m.shared_hidden_dim, dtype) if m.num_shared_experts else None
         else:
             self.mlp = MLP(m.dim, m.dense_hidden_dim, dtype)
 
     def attend(self, x_TD: Tensor, turns_SP: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
         """-> residual stream h, and its norm u, the feed-forward's input."""
-        h_TD = x_TD + self.attn(ops.rms_norm(x_TD, self.attn_norm, self.m.norm_eps), turns_SP, ops)
-        return h_TD, ops.rms_norm(h_TD, self.mlp_norm, self.m.norm_eps)
+        h_TD = x_TD + self.attn(x_TD, self.attn_norm, turns_SP, ops)
+        return h_TD, self.unit(h_TD, ops)
+
+    def unit(self, h_TD: Tensor, ops: Ops) -> Tensor:
+        return ops.rms_norm(h_TD, self.mlp_norm, self.m.norm_eps)
+
+    def feed_forward(self, h_TD: Tensor, u_TD: Tensor, mlp: MLP | None, ops: Ops) -> Tensor:
+        """h + mlp(u). Under recompute "norm" nobody keeps u = norm(h): this is the last to read it."""
+        with ops.recomputed("norm", [u_TD], lambda: [self.unit(h_TD.detach(), ops)]):
+            y_TD = h_TD + mlp(u_TD, ops) if mlp else h_TD
+        ops.discard("norm", u_TD)
+        return y_TD
 
 
 class PredictionBlock(Block):
@@ -84,7 +93,6 @@ class Stage(nn.Module):
         dtype: torch.dtype,
         dispatcher: Dispatcher,
         ops: Ops,
-        recompute: Sequence[str] = (),
         shared_embed: nn.Parameter | None = None,
         slot_of: Mapping[int, Tensor] | None = None,
     ):
@@ -95,7 +103,7 @@ class Stage(nn.Module):
         """
         super().__init__()
         self.m, self.dtype, self.dispatcher, self.ops, self.balance = m, dtype, dispatcher, ops, balance
-        self.is_first, self.is_last, self.recompute = is_first, is_last, recompute
+        self.is_first, self.is_last = is_first, is_last
         self.slot_of = {} if slot_of is None else slot_of
         if is_first or (is_last and m.embeds_at_head):
             self.embed = shared_embed if shared_embed is not None else nn.Parameter(torch.empty(m.vocab_size, m.dim, dtype=dtype))
@@ -145,7 +153,7 @@ class Stage(nn.Module):
         return phases
 
     def _block(self, layer: int, block: Block) -> list:
-        attention, experts = (name in self.recompute for name in ("attention", "experts"))
+        attention, experts = (name in self.ops.recompute for name in ("attention", "experts"))
         if not block.is_moe:
             return [
                 ComputePhase("attention", self._attend(block), recompute=attention),
@@ -171,19 +179,20 @@ class Stage(nn.Module):
     def _attend_and_route(self, block: Block):
         def compute(batch: MicroBatch, x_TD: Tensor, *carried: Tensor) -> tuple:
             h_TD, u_TD = block.attend(x_TD, self.turns(batch), self.ops)
-            return h_TD, u_TD, *block.router(u_TD, batch.tokens_BS.shape[1], self.ops), *carried
+            again = (lambda: block.unit(h_TD.detach(), self.ops)) if "norm" in self.ops.recompute else None
+            return h_TD, u_TD, *block.router(u_TD, batch.tokens_BS.shape[1], self.ops, again), *carried
 
         return compute
 
     def _experts(self, block: Block):
         def compute(batch: MicroBatch, h_TD, u_TD, rows_RD, weight_R, r, *carried) -> tuple:
-            y_TD = h_TD + block.shared(u_TD, self.ops) if self.m.num_shared_experts else h_TD
+            y_TD = block.feed_forward(h_TD, u_TD, block.shared, self.ops)
             return y_TD, block.experts(rows_RD, weight_R, r.groups, self.ops), r, *carried
 
         return compute
 
     def _mlp(self, block: Block):
-        return lambda batch, h_TD, u_TD, *carried: (h_TD + block.mlp(u_TD, self.ops), *carried)
+        return lambda batch, h_TD, u_TD, *carried: (block.feed_forward(h_TD, u_TD, block.mlp, self.ops), *carried)
 
     def _head(self, batch: MicroBatch, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """-> what the head reads (T, D), and its loss (1,)."""

@@ -3,6 +3,7 @@
 T tokens   D model dim   F expert hidden dim   E experts   e experts on this rank   K top-k   G groups   R rows after dispatch
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..conf.schema import ModelConfig
 from ..kernels.grouped import RowGroups
 from ..kernels.ops import Ops
+from ..kernels.recompute import recomputed
 from ..parallel.dispatch import Routing
 
 
@@ -58,9 +60,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
         self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, u_TD: Tensor, seq_len: int, ops: Ops) -> tuple[Tensor, Routing]:
-        """(T, D) -> weight_TK (FP32 or wider, differentiable), and the choice of experts with its sums over tokens, for the record."""
-        logits_TE = _gate(u_TD, self.weight, ops)
+    def forward(self, u_TD: Tensor, seq_len: int, ops: Ops, again: Callable[[], Tensor] | None = None) -> tuple[Tensor, Routing]:
+        """(T, D) -> weight_TK (FP32 or wider, differentiable), and the choice of experts with its sums over tokens, for the record.
+
+        `again`: makes `u_TD` for backward, where nobody keeps it.
+        """
+        logits_TE = _gate(u_TD, self.weight, ops, again or u_TD.detach)
         score_TE = SCORES[self.m.score_func](logits_TE)
         expert_TK = self.select(score_TE.detach())
         weight_TK = score_TE.gather(1, expert_TK)
@@ -86,10 +91,12 @@ class Router(nn.Module):
         return choice_TE.topk(m.top_k, 1).indices
 
 
-def _gate(u_TD: Tensor, weight_ED: Tensor, ops: Ops) -> Tensor:
-    """Logits in FP32 or wider, whatever the dtype of tokens and weight."""
+def _gate(u_TD: Tensor, weight_ED: Tensor, ops: Ops, again: Callable[[], Tensor]) -> Tensor:
+    """Logits in FP32 or wider, whatever the dtype of tokens and weight. A wide copy of the tokens is not kept."""
     wide = torch.promote_types(u_TD.dtype, torch.float32)
-    return ops.linear(u_TD.to(wide), weight_ED, compute_dtype=wide)
+    wide_TD = u_TD.to(wide)
+    with recomputed([wide_TD], lambda: [again().to(wide)]):
+        return ops.linear(wide_TD, weight_ED, compute_dtype=wide)
 
 
 def sequence_balance_loss(score_TE: Tensor, expert_TK: Tensor, seq_len: int) -> Tensor:
@@ -120,7 +127,10 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.empty(dim, hidden_dim, dtype=dtype))
 
     def forward(self, u_TD: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(ops.swiglu(ops.linear(u_TD, self.gate_up)), self.down)
+        gate_up = ops.linear(u_TD, self.gate_up)
+        hidden, kept = ops.swiglu(gate_up), gate_up.detach()
+        with ops.recomputed("swiglu", [hidden], lambda: [ops.swiglu(kept)]):
+            return ops.linear(hidden, self.down)
 
 
 class Experts(nn.Module):
@@ -132,8 +142,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local, dim, hidden_dim, dtype=dtype))
 
     def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, ops: Ops) -> Tensor:
-        hidden_RF = ops.swiglu(ops.grouped_linear(rows_RD, self.gate_up, groups), weight_R)
-        return ops.grouped_linear(hidden_RF, self.down, groups)
+        gate_up = ops.grouped_linear(rows_RD, self.gate_up, groups)
+        hidden_RF, kept = ops.swiglu(gate_up, weight_R), (gate_up.detach(), weight_R.detach())
+        with ops.recomputed("swiglu", [hidden_RF], lambda: [ops.swiglu(*kept)]):
+            return ops.grouped_linear(hidden_RF, self.down, groups)
 
 
 @dataclass(kw_only=True)

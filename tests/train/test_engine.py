@@ -28,20 +28,21 @@ def rows_of(config, step):
 
 def ours():
     config = load(CONFIG)
-    engine, first, records = Engine(config), {}, []
-    m = config.model
-    for p in pieces(m, stacked=True):
-        source = engine.biases[int(p.name.split(".")[2]) - m.num_dense_layers] if p.is_selection_bias else engine.parameters()[p.weight]
-        first[p.name] = source.detach().flatten()[p.offset : p.offset + p.numel].view(p.shape).clone()
+    engine, records = Engine(config), []
+    first = in_their_names(engine)
     for step in range(STEPS):
         parts = rows_of(config, step).split(config.train.micro_batch_sequences)
         result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:]) for r in parts], LR)
         records.append((result.loss, result.grad_norm, result.clip_coef, result.loads))
-    last = {}
+    return first, in_their_names(engine), records
+
+
+def in_their_names(engine):
+    m, named = engine.config.model, {}
     for p in pieces(m, stacked=True):
         source = engine.biases[int(p.name.split(".")[2]) - m.num_dense_layers] if p.is_selection_bias else engine.parameters()[p.weight]
-        last[p.name] = source.detach().flatten()[p.offset : p.offset + p.numel].view(p.shape).clone()
-    return first, last, records
+        named.setdefault(p.name, []).append(source.detach().flatten()[p.offset : p.offset + p.numel].view(p.shape).clone())
+    return {name: torch.stack(parts) if ".mlp.experts." in name else parts[0] for name, parts in named.items()}
 
 
 def theirs(first):

@@ -1,0 +1,72 @@
+"""What a block keeps of each token from forward until backward, and what each kind of recomputation saves and costs.
+
+Pure functions of the configuration, like those in `cost.py`; tests hold them against what the allocator counts. Bytes are of the tensors
+that this code keeps, at even routing: padding of rows to tiles, and the few integers per micro-batch, are not in them.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..conf.schema import Config, ModelConfig
+from . import cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes per token of one block. `attention` and `experts` are the block's two compute phases, their inputs included."""
+
+    attention: int
+    experts: int  # or the dense feed-forward
+    rows: int  # of `experts`, what grows with the load of this rank's experts
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.experts
+
+
+def kept_bytes(model: ModelConfig, layer: int, *, width: int, recompute: Collection[str] = (), padded_values: bool = False) -> Kept:
+    """Of block `layer`, with activations of `width` bytes. `padded_values`: as on CPU, where values are widened to the keys' width."""
+    m, wide, block = model, max(4, width), cost.block_params(model, layer)
+    value_dim = m.qk_head_dim if padded_values else m.v_head_dim
+    attention = m.dim * width  # the block's input
+    if "attention" not in recompute:
+        norms = 0 if "norm" in recompute else m.dim + m.q_lora_rank + m.kv_lora_rank
+        heads = 0 if "mla_up" in recompute else m.num_heads * (2 * m.qk_head_dim + value_dim)
+        latents = (m.q_lora_rank or m.num_heads * m.qk_head_dim) + m.kv_lora_rank + m.qk_rope_head_dim
+        attention += (norms + heads + latents + m.num_heads * value_dim) * width
+        attention += (3 + bool(m.q_lora_rank) + m.num_heads) * wide  # of the norms their scales, of the softmax its sums
+        if block.router:
+            attention += (3 * m.num_experts + m.top_k) * wide + m.top_k * 8  # scores and their shares; chosen experts and their weights
+    residual = m.dim * width
+    unit = 0 if "norm" in recompute and "experts" not in recompute else m.dim * width
+    rows = shared = 0
+    per_row = lambda hidden: 0 if "experts" in recompute else (2 + ("swiglu" not in recompute)) * hidden * width
+    if block.router:
+        rows = m.top_k * (m.dim * width + wide + per_row(m.expert_hidden_dim)) + 5 * m.top_k * 8  # and the maps between tokens and rows
+        shared = per_row(m.shared_hidden_dim)
+    else:
+        shared = per_row(m.dense_hidden_dim)
+    return Kept(attention=attention, experts=residual + unit + shared + rows, rows=rows)
+
+
+def stage_bytes(config: Config, *, layers, head: bool, padded_values: bool = False) -> int:
+    """Kept of one micro-batch on a rank that holds the blocks `layers` and perhaps the head, whose logits' gradient is kept whole."""
+    m, width = config.model, cost.ELEMENT_BYTES[config.precision.compute]
+    per_token = sum(
+        kept_bytes(m, layer, width=width, recompute=config.train.recompute, padded_values=padded_values).total for layer in layers
+    )
+    if head:
+        per_token += (1 + m.mtp_depth) * (m.vocab_size + 2 * m.dim) * width + m.mtp_depth * 4 * m.dim * width
+    return per_token * config.train.micro_batch_sequences * config.data.seq_len
+
+
+def recompute_flops(model: ModelConfig, layer: int, seq_len: int, recompute: Collection[str]) -> float:
+    """Forward FLOPs per token of block `layer` that backward does again. Norms and activations have no matrix products: 0."""
+    m, block = model, cost.block_params(model, layer)
+    feed_forward = block.dense_mlp + block.active_experts + block.shared
+    up = m.q_lora_rank * m.num_heads * m.qk_head_dim + m.kv_lora_rank * m.num_heads * (m.qk_nope_head_dim + m.v_head_dim)
+    flops = 2.0 * feed_forward if "experts" in recompute else 0.0
+    flops += 2.0 * up if "mla_up" in recompute else 0.0  # again inside a recomputed attention: its backward unpacks what it kept
+    if "attention" in recompute:
+        flops += 2.0 * (block.attention + block.router) + cost.attention_flops(m, seq_len)
+    return flops
