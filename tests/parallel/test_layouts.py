@@ -43,11 +43,14 @@ def job(overrides, routing):
 
     engine.optimizer.step = step
     for number in range(STEPS):
-        rows = torch.randint(m.vocab_size, (c.sequences_per_step, c.data.seq_len + 1), generator=torch.Generator().manual_seed(number))
+        size_of_all = c.sequences_per_step, c.data.seq_len + 1 + m.mtp_depth
+        rows = torch.randint(m.vocab_size, size_of_all, generator=torch.Generator().manual_seed(number))
         mine = [rows[(i * dp + engine.mesh.dp_rank) * size :][:size] for i in range(c.num_micro_batches)]
-        result = engine.train_step([MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:]) for r in mine], LR)
-        records.append((result.loss, result.grad_norm, result.clip_coef, result.balance_loss, result.z_loss, result.loads))
-    held = [MicroBatch(tokens_BS=r[:, :-1], targets_BN=r[:, 1:], counted=False) for r in mine]
+        inputs = lambda r: r[:, : c.data.seq_len]
+        result = engine.train_step([MicroBatch(tokens_BS=inputs(r), targets_BN=r[:, 1:]) for r in mine], LR)
+        losses = result.loss + sum(result.mtp_losses)
+        records.append((losses, result.grad_norm, result.clip_coef, result.balance_loss, result.z_loss, result.loads))
+    held = [MicroBatch(tokens_BS=inputs(r), targets_BN=r[:, 1:], counted=False) for r in mine]
     loss, tokens, _ = engine.evaluate(held)
     state = {name: (c.numel, c.offset, c.data.clone()) for name, c in engine.chunks(saving=True).items()}
     return records, gradients | state, loss / tokens
@@ -132,6 +135,13 @@ def test_tied_embeddings(layout):
     """The embedding's copies on the first and the last stage are one parameter: reduced over both, counted once."""
     options = ["model.tie_embeddings=true"]
     compare(run(layout, options, "natural"), reference(options, "natural"), **FP32)
+
+
+@pytest.mark.parametrize("layout", ["pp=2 ep=2", "pp=2 chunks=2 schedule=interleaved_1f1b", "pp=4 edp=2", "edp=2 ep=2"])
+def test_multi_token_prediction(layout):
+    """Two modules after the head, with the embedding's other copy: reduced over both ends, counted once."""
+    options = ["model.mtp_depth=2", "precision=fp64"]
+    compare(run(layout, options, "natural"), reference(options, "natural"), **FP64)
 
 
 @pytest.mark.parametrize("layout", ["pp=2 edp=2 ep=2", "pp=4 chunks=1 ep=2"])
