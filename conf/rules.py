@@ -270,6 +270,8 @@ def _optim(c: Config) -> Iterator[Broken]:
         return
     steps = sum(level.num_steps for level in levels(t))
     length = f"train.steps = {steps}" if not t.tokens else f"the {steps} steps of train.tokens = {t.tokens}"
+    if c.model.score_func == "softmax" and o.bias_update_speed:
+        yield "optim.bias_update_speed", "softmax scores are DeepSeek-V2's, which has no selection bias: such a model could not be exported"
     if o.final_lr > o.lr:
         yield "optim.final_lr", f"must not exceed optim.lr = {o.lr:g}"
     if o.decay_steps == 0 and o.warmup_steps + o.constant_steps > steps:

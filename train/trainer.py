@@ -164,8 +164,9 @@ class _Session:
     def _check_same_run(self, start: Path, extra: dict[str, Any]) -> None:
         """Layout, precision, learning rate and what is to come may change between sessions; model, data and what is past may not."""
         for name, value in dataclasses.asdict(self.config.model).items():
-            if name not in FREE_MODEL_FIELDS and extra["model"][name] != value:
-                raise ConfigError(f"model.{name}", value, f"{start} was trained with another", extra["model"][name])
+            trained = extra["model"].get(name, value)
+            if name not in FREE_MODEL_FIELDS and trained != value:
+                raise ConfigError(f"model.{name}", value, f"{start} was trained with another", trained)
         same_stream = extra["progress"].get("stream", 0) == self.phase.stream
         for name, value in self._stream().items() if same_stream else ():
             if extra.get(name, value) != value:
