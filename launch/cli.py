@@ -127,7 +127,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    print(_call("shoestring.train.hf:export", args.source, args.out, dtype=args.dtype, weights=args.weights))
+    print(_call("shoestring.train.interop.hf:export", args.source, args.out, dtype=args.dtype, weights=args.weights))
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +141,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     environment.prepare(threads=1)
-    print(_call("shoestring.train.hf:import_", args.hf_dir, args.out, mtp=args.mtp))
+    print(_call("shoestring.train.interop.hf:import_", args.hf_dir, args.out, mtp=args.mtp))
 
 
 def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +153,7 @@ def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
 def _upcycle(args: argparse.Namespace) -> None:
     config = load(args.overrides, args.config_dir)
     environment.prepare(threads=1)
-    print(_call("shoestring.train.upcycle:upcycle", args.source, args.out, config.model, seed=config.train.seed))
+    print(_call("shoestring.train.interop.upcycle:upcycle", args.source, args.out, config.model, seed=config.train.seed))
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +167,9 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 def _data(args: argparse.Namespace) -> None:
     config = load(args.overrides, args.config_dir)
     environment.prepare(threads=1)
-    _call("shoestring.train.data:build", config.data, vocab_size=config.model.vocab_size, shard=args.shard, num_shards=args.num_shards)
+    _call(
+        "shoestring.train.data.corpus:build", config.data, vocab_size=config.model.vocab_size, shard=args.shard, num_shards=args.num_shards
+    )
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

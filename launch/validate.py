@@ -3,8 +3,9 @@
 from ..conf.errors import ConfigError, closest
 from ..conf.phases import phases
 from ..conf.schema import Config
-from ..parallel import dispatch, optimizer, placement, schedule
-from ..train import data
+from ..parallel import dispatch, placement, schedule
+from ..parallel.optimizer import make as optimizer
+from ..train.data import corpus as data
 
 
 def validate(config: Config, world_size: int | None = None) -> None:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..conf.schema import Config
+from .optimizer.zero import Chunk, ShardedOptimizer
 from .placement import next_placement
-from .zero import Chunk, ShardedOptimizer
 
 
 class Placement:

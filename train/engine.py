@@ -19,15 +19,15 @@ from ..kernels.ops import Ops
 from ..parallel.dispatch import make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
-from ..parallel.optimizer import make_optimizer
+from ..parallel.optimizer.make import make_optimizer
+from ..parallel.optimizer.zero import Chunk, Spec
 from ..parallel.phases import MicroBatch
 from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
 from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
-from ..parallel.zero import Chunk, Spec
 from . import cost
-from .model import DTYPES, Stage, is_expert, materialise, named_weights
-from .moe import Balance
+from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
+from .model.moe import Balance
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
 

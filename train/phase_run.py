@@ -14,7 +14,7 @@ from torch import Tensor
 from ..conf.phases import Phase
 from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
-from .data import Corpus
+from .data.corpus import Corpus
 from .engine import Engine, StepResult, learning_rate
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..conf.compose import load_saved
 from ..conf.schema import ConfigError
-from .hf import load_pretrained
-from .hf_checkpoint import CheckpointWeights, find_checkpoint
-from .hf_files import read_json
-from .hf_format import pieces
-from .latent_cache import Decoder
-from .model import CausalLM
-from .tokenizer import Tokenizer, load_tokenizer
+from .data.tokenizer import Tokenizer, load_tokenizer
+from .interop.hf import load_pretrained
+from .interop.hf_checkpoint import CheckpointWeights, find_checkpoint
+from .interop.hf_files import read_json
+from .interop.hf_format import pieces
+from .model.decoder import CausalLM
+from .model.latent_cache import Decoder
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of bytes that are no UTF-8, or not yet
 

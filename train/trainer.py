@@ -19,10 +19,10 @@ import torch.distributed as dist
 from ..conf.compose import to_yaml
 from ..conf.phases import Phase, num_steps, num_tokens, phase_at, phases
 from ..conf.schema import Config, ConfigError
-from ..parallel.zero import Chunk, may_lack
+from ..parallel.optimizer.zero import Chunk, may_lack
 from . import cost, metrics, units
-from .checkpoint import Checkpointer, find_latest, read_extra
-from .data import open_corpus
+from .checkpoint.checkpointer import Checkpointer, find_latest, read_extra
+from .data.corpus import open_corpus
 from .engine import StepResult
 from .metrics import StepRecord, Summary
 from .phase_run import Evaluation, PhaseRun

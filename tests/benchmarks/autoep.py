@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peers import LR, Variant, betas, summed_loss, transformers_model, weight_groups
 from shoestring.conf.schema import Config
-from shoestring.parallel import deepspeed_zero
+from shoestring.parallel.optimizer import deepspeed_zero
 from torch import Tensor
 
 RANKS = 2

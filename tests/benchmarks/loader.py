@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 from shoestring.conf.compose import load
-from shoestring.train.data import open_corpus
+from shoestring.train.data.corpus import open_corpus
 
 CPU_TOKENS_PER_S = 10_000
 

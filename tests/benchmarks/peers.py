@@ -16,8 +16,8 @@ from shoestring.conf.compose import load
 from shoestring.conf.schema import Config, ModelConfig
 from shoestring.parallel.phases import MicroBatch
 from shoestring.train.engine import Engine
-from shoestring.train.hf_format import pieces, to_hf_config
-from shoestring.train.model import CausalLM, materialise
+from shoestring.train.interop.hf_format import pieces, to_hf_config
+from shoestring.train.model.decoder import CausalLM, materialise
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 

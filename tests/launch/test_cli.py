@@ -53,18 +53,18 @@ def test_cfg_prints_the_resolved_configuration_and_runs_nothing(calls, capsys):
 @pytest.mark.parametrize(
     ("words", "target", "args", "kwargs"),
     [
-        (["export", "runs/a", "out"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")),
+        (["export", "runs/a", "out"], "shoestring.train.interop.hf:export", (Path("runs/a"), Path("out")),
          {"dtype": "auto", "weights": "master"}),
-        (["export", "runs/a", "out", "--dtype", "fp8", "--weights", "ema"], "shoestring.train.hf:export", (Path("runs/a"), Path("out")),
-         {"dtype": "fp8", "weights": "ema"}),
-        (["import", "hf", "out"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"mtp": "check"}),
-        (["import", "hf", "out", "--skip-mtp"], "shoestring.train.hf:import_", (Path("hf"), Path("out")), {"mtp": "skip"}),
-        (["upcycle", "runs/a", "out", "model=small", "model.top_k=2"], "shoestring.train.upcycle:upcycle", (Path("runs/a"), Path("out"),
-         load(["model=small", "model.top_k=2"]).model), {"seed": 0}),
+        (["export", "runs/a", "out", "--dtype", "fp8", "--weights", "ema"], "shoestring.train.interop.hf:export",
+         (Path("runs/a"), Path("out")), {"dtype": "fp8", "weights": "ema"}),
+        (["import", "hf", "out"], "shoestring.train.interop.hf:import_", (Path("hf"), Path("out")), {"mtp": "check"}),
+        (["import", "hf", "out", "--skip-mtp"], "shoestring.train.interop.hf:import_", (Path("hf"), Path("out")), {"mtp": "skip"}),
+        (["upcycle", "runs/a", "out", "model=small", "model.top_k=2"], "shoestring.train.interop.upcycle:upcycle",
+         (Path("runs/a"), Path("out"), load(["model=small", "model.top_k=2"]).model), {"seed": 0}),
         (["report", "runs/a"], "shoestring.launch.report:write_report", (Path("runs/a"),), {}),
         (["sample", "runs/a", "def ", "--greedy", "--num", "2"], "shoestring.launch.sample:show", (),
          {"source": Path("runs/a"), "prompt": "def ", "max_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 0, "num": 2}),
-        (["data", "build", "experiment=tiny", "--shard", "1", "--num-shards", "4", "data.workers=1"], "shoestring.train.data:build",
+        (["data", "build", "experiment=tiny", "--shard", "1", "--num-shards", "4", "data.workers=1"], "shoestring.train.data.corpus:build",
          (load(["experiment=tiny", "data.workers=1"]).data,), {"vocab_size": 512, "shard": 1, "num_shards": 4}),
     ],
 )  # fmt: skip
@@ -211,8 +211,9 @@ def test_exit_code_of_an_error(error, code):
 
 def test_the_named_errors_are_those_that_the_code_raises():
     """An exception that is renamed would silently fall back to `FAILED`."""
-    names = """shoestring.conf.errors:ConfigError shoestring.train.data:DataError shoestring.train.checkpoint:CheckpointError
-        shoestring.train.hf_format:HFError shoestring.launch.local:RankFailed torch.distributed:DistBackendError"""
+    names = """shoestring.conf.errors:ConfigError shoestring.train.data.documents:DataError
+        shoestring.train.checkpoint.manifest:CheckpointError shoestring.train.interop.hf_format:HFError
+        shoestring.launch.local:RankFailed torch.distributed:DistBackendError"""
     for name in names.split():
         kind = pkgutil.resolve_name(name)
         assert exit_codes.of(kind.__new__(kind)) != exit_codes.FAILED, name

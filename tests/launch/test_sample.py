@@ -4,9 +4,9 @@ import pytest
 import torch
 from shoestring.conf.schema import ModelConfig
 from shoestring.launch import cli, exit_codes
-from shoestring.train import hf
-from shoestring.train.model import CausalLM, materialise
-from shoestring.train.tokenizer import ByteTokenizer
+from shoestring.train.data.tokenizer import ByteTokenizer
+from shoestring.train.interop import hf
+from shoestring.train.model.decoder import CausalLM, materialise
 
 
 @pytest.fixture(scope="module")

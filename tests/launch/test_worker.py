@@ -11,8 +11,8 @@ import torch.distributed as dist
 from shoestring.conf.compose import load
 from shoestring.launch import device, exit_codes, worker
 from shoestring.launch.environment import Place
-from shoestring.train.checkpoint import CheckpointError
-from shoestring.train.data import DataError
+from shoestring.train.checkpoint.checkpointer import CheckpointError
+from shoestring.train.data.corpus import DataError
 from shoestring.train.trainer import Outcome
 
 CONFIG = load(["experiment=smoke", "parallel.ep=1"])

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shoestring.conf.schema import OptimConfig
 from shoestring.launch.local import RankFailed, fork_ranks
-from shoestring.parallel import deepspeed_zero
-from shoestring.parallel.optimizer import make_optimizer
+from shoestring.parallel.optimizer import deepspeed_zero
+from shoestring.parallel.optimizer.make import make_optimizer
+from shoestring.parallel.optimizer.zero import Chunk, Spec
 from shoestring.parallel.relocate import relocate, segments
-from shoestring.parallel.zero import Chunk, Spec
 from torch import nn
 
 EXPERTS = 8

@@ -12,8 +12,8 @@ from shoestring.conf.schema import ClusterConfig, ModelConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.train import cost
 from shoestring.train.engine import Engine
-from shoestring.train.model import CausalLM, Stage, is_expert
-from shoestring.train.moe import Balance
+from shoestring.train.model.decoder import CausalLM, Stage, is_expert
+from shoestring.train.model.moe import Balance
 from torch.utils.flop_counter import FlopCounterMode
 
 V3 = ["model=deepseek_v3", "cluster=h800", "precision=bf16", "parallel=deepseek_v3", "data.seq_len=4096",

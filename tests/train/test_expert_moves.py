@@ -6,11 +6,11 @@ import pytest
 import torch
 from shoestring.conf.compose import load
 from shoestring.launch.local import fork_ranks
-from shoestring.parallel import deepspeed_zero
+from shoestring.parallel.optimizer import deepspeed_zero
 from shoestring.parallel.phases import MicroBatch
 from shoestring.parallel.relocate import Placement
 from shoestring.train import trainer
-from shoestring.train.checkpoint import find_latest, read_extra
+from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
 from shoestring.train.engine import Engine
 from shoestring.train.metrics import read_records
 

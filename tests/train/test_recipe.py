@@ -14,7 +14,7 @@ from shoestring.conf.schema import RampConfig, TrainConfig
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.launch.validate import validate
 from shoestring.train import trainer
-from shoestring.train.checkpoint import find_latest, read_extra
+from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
 from shoestring.train.metrics import read_records
 
 SMALL = [

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoestring.conf.schema import ConfigError, ModelConfig
-from shoestring.parallel.zero import Chunk
-from shoestring.train import hf
-from shoestring.train.checkpoint import Checkpointer
-from shoestring.train.model import CausalLM, materialise
+from shoestring.parallel.optimizer.zero import Chunk
+from shoestring.train.checkpoint.checkpointer import Checkpointer
+from shoestring.train.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, train_bpe
+from shoestring.train.interop import hf
+from shoestring.train.model.decoder import CausalLM, materialise
 from shoestring.train.sample import Generator, Loaded, Sampling, TextStream, choose, load
-from shoestring.train.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, train_bpe
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 

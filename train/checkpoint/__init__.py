@@ -1,0 +1,1 @@
+"""Checkpoints: what is saved, verified and resharded."""

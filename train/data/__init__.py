@@ -1,0 +1,1 @@
+"""Text into samples: sources, tokenizer, cache, and the order in which they are read."""
