@@ -48,8 +48,9 @@ def job(overrides, routing):
         mine = [rows[(i * dp + engine.mesh.dp_rank) * size :][:size] for i in range(c.num_micro_batches)]
         inputs = lambda r: r[:, : c.data.seq_len]
         result = engine.train_step([MicroBatch(tokens_BS=inputs(r), targets_BN=r[:, 1:]) for r in mine], LR)
-        losses = result.loss + sum(result.mtp_losses)
-        records.append((losses, result.grad_norm, result.clip_coef, result.balance_loss, result.z_loss, result.loads))
+        r = result
+        losses = r.loss + sum(r.mtp_losses)
+        records.append((losses, r.grad_norm, r.clip_coef, r.balance_loss, r.z_loss, r.router_entropy, r.loads))
     held = [MicroBatch(tokens_BS=inputs(r), targets_BN=r[:, 1:], counted=False) for r in mine]
     loss, tokens, _ = engine.evaluate(held)
     state = {name: (c.numel, c.offset, c.data.clone()) for name, c in engine.chunks(saving=True).items()}
@@ -60,7 +61,7 @@ def gather(ranks):
     """(records, whole tensors, evaluation). Ranks must agree, and each element must have one owner."""
     whole, owners = {}, {}
     for records, pieces, held in ranks:
-        assert all(a[:5] == b[:5] and torch.equal(a[5], b[5]) for a, b in zip(records, ranks[0][0])) and held == ranks[0][2]
+        assert all(a[:6] == b[:6] and torch.equal(a[6], b[6]) for a, b in zip(records, ranks[0][0])) and held == ranks[0][2]
         for name, (numel, offset, data) in pieces.items():
             whole.setdefault(name, torch.zeros(numel, dtype=data.dtype))[offset : offset + len(data)] = data
             owners.setdefault(name, torch.zeros(numel, dtype=torch.int8))[offset : offset + len(data)] += 1
@@ -89,9 +90,9 @@ def relative(a, b):
 
 
 def compare(got, want, *, loss, norm, tensors, weights):
-    for (l1, n1, c1, b1, z1, loads1), (l2, n2, c2, b2, z2, loads2) in zip(got[0], want[0]):
+    for (l1, n1, c1, b1, z1, e1, loads1), (l2, n2, c2, b2, z2, e2, loads2) in zip(got[0], want[0]):
         assert abs(l1 / l2 - 1) <= loss and abs(n1 / n2 - 1) <= norm and abs(c1 / c2 - 1) <= norm
-        assert abs(b1 - b2) <= norm * b2 and abs(z1 - z2) <= norm * z2
+        assert abs(b1 - b2) <= norm * b2 and abs(z1 - z2) <= norm * z2 and abs(e1 - e2) <= norm * e2
         assert torch.equal(loads1, loads2), "another choice of experts"
     assert abs(got[2] / want[2] - 1) <= loss, "evaluation"
     assert got[1].keys() == want[1].keys()
@@ -126,7 +127,7 @@ def test_fp32(layout):
 def test_nothing_to_receive(layout, routing):
     got, want = run(layout, [], routing), reference([], routing)
     compare(got, want, **FP32)
-    idle = got[0][0][5][:, 8:] if routing == "idle rank" else got[0][0][5][:, 5]
+    idle = got[0][0][6][:, 8:] if routing == "idle rank" else got[0][0][6][:, 5]
     assert (idle == 0).all()
 
 

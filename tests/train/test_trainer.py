@@ -4,6 +4,7 @@ Also: no sample is lost or repeated, a run directory is refused to another model
 """
 
 import json
+import math
 import os
 
 import pytest
@@ -12,7 +13,9 @@ from shoestring.conf.compose import load, load_saved
 from shoestring.conf.schema import ConfigError
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.train import trainer
+from shoestring.train.data.corpus import open_corpus
 from shoestring.train.metrics import read_records
+from shoestring.train.sample import load as load_run
 
 STEPS = 6
 BASE = [
@@ -172,3 +175,39 @@ def test_resume_path_that_is_not_there(words):
     with pytest.raises(RankFailed, match="must be auto, never, or an existing checkpoint or run directory"):
         session(words("new", "checkpoint.resume=/no/such/folder"))
     assert issubclass(ConfigError, ValueError)
+
+
+MIXED = [
+    "data.sources.synthetic.weight=3", "data.sources.more.kind=synthetic", "data.sources.more.num_documents=900", "train.eval_interval=0",
+    "train.steps=2", "train.eval_sequences=13",
+]  # fmt: skip
+
+
+def scored(overrides):
+    """(the record's evaluation, the same by one model over one sample at a time: loss by source, bits per byte)."""
+    config = load(overrides)
+    trainer.run(config, torch.device("cpu"), log=lambda line: None)
+    last = read_records(os.path.join(config.run_dir, "metrics.jsonl"))[-1]
+    model = load_run(config.run_dir).model
+    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed, log=lambda line: None)
+    losses, num_bytes = {}, 0
+    for name, samples in corpus.eval_plan(config.train.eval_sequences).items():
+        rows = corpus.eval(list(samples))
+        losses[name] = [torch.nn.functional.cross_entropy(model(r[None, :-1])[0].double(), r[1:], reduction="sum").item() for r in rows]
+        num_bytes += sum(id != corpus.tokenizer.eod_id for id in rows[:, 1:].flatten().tolist())  # of the tokenizer `bytes`
+    total = sum(map(sum, losses.values()))
+    expected = {name: sum(each) / len(each) / config.data.seq_len for name, each in losses.items()}
+    return last, expected, total / math.log(2) / num_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["one process", "pp 2 x ep 2"])
+def test_evaluation_by_source(words, layout):
+    run = words("mixed", *MIXED, *layout)
+    record, expected, bits = fork_ranks(load(run).parallel.world_size, scored, run)[0]
+    assert set(record.eval_loss_by_source) == {"synthetic", "more"} == set(expected)
+    assert record.eval_loss_by_source == pytest.approx(expected, rel=1e-5)
+    assert record.eval_bits_per_byte == pytest.approx(bits, rel=1e-5)
+    a, b = expected.values()
+    assert record.eval_loss == pytest.approx((6 * a + 7 * b) / 13, rel=1e-5) or record.eval_loss == pytest.approx(
+        (7 * a + 6 * b) / 13, rel=1e-5
+    )
