@@ -19,7 +19,7 @@ def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
     total = num_steps(config)
     if outcome.wants:
         upcoming = phase_at(config, outcome.step).name
-        return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} processes"
+        return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} process{'es' * (outcome.wants > 1)}"
     lines = [*_facts(outcome.summary, total), f"report    {write_report(config.run_dir)}"]
     if outcome.step < total:
         lines.append(f"{'stopped' if outcome.stopped else 'paused'} at step {outcome.step} of {total}. To go on:\n  {again}")
