@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from shoestring.conf.compose import load
 from shoestring.launch import exit_codes, launcher
 from shoestring.launch.environment import Place
+from shoestring.train.metrics import read_records
 
 
 @pytest.fixture
@@ -167,3 +170,38 @@ def test_a_second_signal_ends_at_once(config):
         code = _end(config, child)
     assert code == exit_codes.INTERRUPTED
     assert not list(Path(config.run_dir).glob("logs/*/saved-*"))
+
+
+def test_phases_of_other_sizes_follow_one_another(tmp_path):
+    """Two ranks, then this process alone, then two again: one command, one curve, and `train.stop_after` counts over all of them."""
+    words = [
+        "experiment=smoke", "optim.warmup_steps=1", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}",
+        "data.seq_len=16", "model.dim=32", "train.eval_interval=0",
+        *(f"phases.{name}.train.steps=2" for name in ("one", "two", "three")), "phases.two.parallel.ep=1", "phases.three.parallel.edp=2",
+        "phases.three.parallel.ep=1",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "shoestring.train", *words]
+    paused = subprocess.run([*command, "train.stop_after=3"], capture_output=True, text=True, timeout=120)
+    assert paused.returncode == exit_codes.OK, paused.stderr
+    assert "phase two goes on from step 2 of 6 with 1 process\n" in paused.stdout and "paused at step 3 of 6" in paused.stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == exit_codes.OK and "phase three goes on from step 4 of 6 with 2 processes" in done.stdout
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [(r.step, r.phase) for r in records] == list(enumerate(["one"] * 2 + ["two"] * 2 + ["three"] * 2, 1))
+
+
+def test_torchrun_cannot_change_its_number(tmp_path):
+    """Ranks that somebody else started end with a code and a sentence where the next phase wants others."""
+    words = [
+        "experiment=smoke", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "data.seq_len=16", "model.dim=32",
+        "optim.warmup_steps=1", "parallel.ep=1", "phases.one.train.steps=2", "phases.two.train.steps=2", "phases.two.parallel.ep=2",
+    ]  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    rank = subprocess.run(
+        [sys.executable, "-m", "shoestring.train", *words], env=os.environ | place, capture_output=True, text=True, timeout=120
+    )
+    assert rank.returncode == exit_codes.OTHER_SIZE, rank.stderr
+    assert "phase two goes on from step 2 of 4 with 2 processes" in rank.stdout

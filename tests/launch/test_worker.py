@@ -51,6 +51,10 @@ def test_a_stopped_run_is_to_be_continued(here):
     assert _run(lambda *_, **__: Outcome(summary=None, step=3, stopped=True)) == exit_codes.PREEMPTED
 
 
+def test_a_phase_of_another_size_is_told(here):
+    assert _run(lambda *_, **__: Outcome(summary=None, step=3, stopped=False, wants=4)) == exit_codes.OTHER_SIZE
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
