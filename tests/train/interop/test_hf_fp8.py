@@ -19,7 +19,6 @@ from shoestring.train.interop.hf_format import pieces
 from shoestring.train.interop.hf_fp8 import dequantise, quantise, scales
 from shoestring.train.model.decoder import CausalLM, materialise
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import quantizer_finegrained_fp8
 
 # Of the two, `transformers` reads the second on a CPU: there it takes a block's size from the number of blocks, which is 128 only where
 # 128 divides the size, or where there is one block.
@@ -142,9 +141,8 @@ def test_what_is_quantised(tmp_path):
     assert config["quantization_config"]["weight_block_size"] == [128, 128] and config["dtype"] == "bfloat16"
 
 
-def test_transformers_loads_fp8(tmp_path, monkeypatch):
+def test_transformers_loads_fp8(tmp_path):
     """Without a GPU it de-quantises; in FP32, so that logits can be compared."""
-    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)  # asked for, and not needed on one device
     write(ModelWeights(build(EVEN)), EVEN, tmp_path / "hf", dtype="fp8", max_shard_bytes=1e6)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
