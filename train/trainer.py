@@ -122,7 +122,7 @@ class _Session:
                 answer = [find_start(self.config)]
             except ConfigError as error:
                 answer = [error]
-        dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, group=self.checkpointer.group, group_src=0)
         if isinstance(answer[0], ConfigError):
             raise answer[0]
         return answer[0]
