@@ -26,7 +26,7 @@ train: $(installed)
 	@$(VENV)/bin/shoestring train experiment=tiny $(ARGS)
 
 test: $(installed)
-	@$(VENV)/bin/pytest -n 2 $(ARGS)
+	@$(VENV)/bin/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(installed)
 	@$(VENV)/bin/ruff check .

@@ -17,21 +17,24 @@ from shoestring.train import trainer
 from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
 from shoestring.train.metrics import read_records
 
+pytestmark = pytest.mark.xdist_group("recipe")  # one worker makes the whole run, for all
+
 SMALL = [
     "experiment=tiny_recipe", "data=synthetic", "data.seq_len=64", "model.vocab_size=300", "model.dim=32", "model.dense_hidden_dim=48",
     "model.expert_hidden_dim=24", "model.num_heads=2", "model.kv_lora_rank=16", "model.q_lora_rank=16", "train.eval_interval=10",
     "checkpoint.interval=7", "optim.ema_decay=0.9",
 ]  # fmt: skip
 
-#      phase             batch in tokens                                                             sequence  MTP   bias speed
+#   phase              batch, tokens   sequence  MTP   bias speed
 TABLE = {
-    "ramp":            ([1024] * 6 + [1536] * 4 + [2048] * 3 + [2560] * 3 + [3072] * 2 + [3584] * 2 + [4096], 64, 0.3, 0.01),
-    "constant":        ([4096] * 30,                                                                64,       0.3,  0.01),
-    "cosine":          ([4096] * 20,                                                                64,       0.1,  0.01),
-    "constant_low":    ([4096] * 4,                                                                 64,       0.1,  0.0),
-    "constant_lowest": ([4096] * 4,                                                                 64,       0.1,  0.0),
-    "extend_8x":       ([4096] * 4,                                                                 512,      0.1,  0.0),
-    "extend_32x":      ([4096] * 4,                                                                 2048,     0.1,  0.0),
+    "ramp":            ([1024] * 6 + [1536] * 4 + [2048] * 3 + [2560] * 3 + [3072] * 2 + [3584] * 2 + [4096],
+                                       64,       0.3,  0.01),
+    "constant":        ([4096] * 30,   64,       0.3,  0.01),
+    "cosine":          ([4096] * 20,   64,       0.1,  0.01),
+    "constant_low":    ([4096] * 4,    64,       0.1,  0.0),
+    "constant_lowest": ([4096] * 4,    64,       0.1,  0.0),
+    "extend_8x":       ([4096] * 4,    512,      0.1,  0.0),
+    "extend_32x":      ([4096] * 4,    2048,     0.1,  0.0),
 }  # fmt: skip
 RATES = (
     [3e-3 * i / 8 for i in range(1, 9)] + [3e-3] * 13
