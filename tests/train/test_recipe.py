@@ -85,6 +85,7 @@ def test_every_step_is_as_the_table_says(whole, words):
     assert whole[-1].loss < whole[0].loss
     last = read_extra(find_latest(trainer.Path(load(words("whole")).run_dir) / "checkpoints"))
     assert last["model"]["yarn"]["factor"] == 40 and last["model"]["max_seq_len"] == 2560 and last["layout"].startswith("pp 4 x")
+    assert (last["progress"]["stream"], last["progress"]["sample"]) == (2, 4 * 4096 // 2048), "a new stream begins with its first sample"
 
 
 def curve(records):
