@@ -15,7 +15,7 @@ from shoestring.kernels.rotary import rotate
 from shoestring.kernels.weight_grad import WeightGradStore
 from shoestring.parallel.dispatch import make_dispatcher
 from shoestring.train.model.decoder import CausalLM, Stage, materialise, named_weights
-from shoestring.train.model.moe import Balance, Experts, Router, sequence_balance_loss
+from shoestring.train.model.moe import Balance, Experts, Router, entropy, sequence_balance_loss
 from shoestring.train.model.rope import rotations, softmax_scale
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
@@ -373,3 +373,12 @@ def test_presets_are_built_on_meta():
         model = CausalLM(load(["model=deepseek_v3"]).model)
     shapes = {name: tuple(p.shape) for name, p in model.stage.named_parameters()}
     assert shapes["layers.60.experts.gate_up"] == (256, 4096, 7168) and shapes["layers.0.attn.qkv_a"] == (1536 + 512 + 64, 7168)
+
+
+def test_entropy_of_scores():
+    score = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    score[0] = 0.3  # all equal: log 8
+    score[1] = torch.eye(8, dtype=torch.float64)[2]  # one has all: 0
+    found = entropy(score)
+    assert torch.allclose(found, torch.distributions.Categorical(probs=score).entropy(), atol=1e-12)
+    assert found[0].item() == pytest.approx(math.log(8)) and found[1].item() == 0
