@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.conf.schema import ClusterConfig, ModelConfig
+from shoestring.kernels.ops import Ops
 from shoestring.launch.local import fork_ranks
 from shoestring.train import cost
 from shoestring.train.engine import Engine
@@ -60,7 +61,7 @@ def test_deepseek_v3_has_the_published_parameters():
     ],
 )
 def test_presets(preset, total, active):
-    params = cost.num_params(load([f"model={preset}"]).model)
+    params = cost.num_params(load([f"model={preset}", "optim.bias_update_speed=0"]).model)
     assert (params.total, params.active) == (total, active)
 
 
@@ -189,7 +190,7 @@ def test_flops_equal_a_counter_over_an_independent_model(changes):
 @pytest.mark.parametrize("preset", ["tiny", "small", "v2_lite", "deepseek_v3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_equal_the_built_model(preset, tied):
-    m = load([f"model={preset}", f"model.tie_embeddings={str(tied).lower()}"]).model
+    m = load([f"model={preset}", "optim.bias_update_speed=0", f"model.tie_embeddings={str(tied).lower()}"]).model
     params = cost.num_params(m)
     with torch.device("meta"):
         built = CausalLM(m)
@@ -208,7 +209,7 @@ def test_a_rank_holds_what_its_stage_is_built_with(first, last, tied):
     with torch.device("meta"):
         stage = Stage(
             m, layers=layers, is_first=first, is_last=last, ep=4, balance=Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0),
-            dtype=torch.float32, dispatcher=None, ops=None,
+            dtype=torch.float32, dispatcher=None, ops=Ops(),
         )  # fmt: skip
     sizes = {name: p.numel() for name, p in stage.named_parameters()}
     experts = sum(n for name, n in sizes.items() if is_expert(name))
@@ -322,3 +323,16 @@ def test_every_cluster_prices_every_precision(name):
     assert {"fp32", "bf16", "fp64"} <= set(cluster.peak_tflops)
     assert cluster.peak_tflops["bf16"] > cluster.peak_tflops["fp32"] >= cluster.peak_tflops["fp64"]
     assert cluster.price_per_gpu_hour > 0 and cluster.intra_node_gb_s >= cluster.inter_node_gb_s
+
+
+def test_prediction_modules_are_counted_where_they_train():
+    m = load(["model.mtp_depth=2"]).model
+    with torch.device("meta"):
+        built = CausalLM(m)
+    params, flops = cost.num_params(m), cost.flops_per_token(m, 128)
+    assert params.trained == sum(p.numel() for p in built.parameters()) and params.total == cost.num_params(load([]).model).total
+    parts = sum(cost.block_costs(m, 128)) + cost.head_cost(m) + cost.prediction_cost(m, 128)
+    assert flops.forward == pytest.approx(parts, rel=1e-12)
+    # Each module is a block like the last one, a merge of 2 D x D, and one more use of the head.
+    more = 2 * (cost.block_costs(m, 128)[-1] + 2 * 2 * m.dim * m.dim + cost.head_cost(m))
+    assert cost.prediction_cost(m, 128) == pytest.approx(more, rel=1e-12)

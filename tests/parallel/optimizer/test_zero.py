@@ -537,7 +537,7 @@ def test_autograd_leaves_main_gradients_alone(engine):
 
 def test_deepspeed_is_imported_by_one_file_and_only_when_chosen():
     """Importing it takes seconds: a function does it."""
-    root = Path(deepspeed_zero.__file__).parents[1]
+    root = Path(deepspeed_zero.__file__).parents[2]
     found = set()
     for file in (f for folder in ("conf", "kernels", "parallel", "train", "launch") for f in root.joinpath(folder).rglob("*.py")):
         tree = ast.parse(file.read_text())
