@@ -30,7 +30,6 @@ class Phase:
     first_step: int  # of the run
     levels: tuple[Level, ...]
     stream: int  # number of the stream
-    last: bool
 
     @property
     def num_steps(self) -> int:
@@ -69,7 +68,6 @@ def phases(config: Config) -> tuple[Phase, ...]:
                 first_step=before.end_step if before else 0,
                 levels=tuple(levels(phase.train)),
                 stream=0 if not before else before.stream + (before.config.data != phase.data),
-                last=len(made) == len(configs) - 1,
             )
         )
     return tuple(made)

@@ -69,9 +69,16 @@ def check(config: Config) -> None:
             if field in _OF_THE_RUN or not f"{field}.".startswith(tuple(f"{part}." for part in _OF_A_PHASE)):
                 rule = f"belongs to the whole run; a phase may change {', '.join(_OF_A_PHASE)}"
                 raise ConfigError(f"phases.{name}.{field}", get(phase, field), rule, get(config, field))
+        if config.data.tokenizer.kind == "bpe" and _unweighted(phase) != _unweighted(config):
+            rule = "may differ from the run's in weight only: data.tokenizer.kind=bpe learns its ids from them; give one as a file"
+            raise ConfigError(f"phases.{name}.data.sources", ", ".join(phase.data.sources), rule, ", ".join(config.data.sources))
         for field, rule in _broken(phase):
             key = field if get(phase, field) == get(config, field) else f"phases.{name}.{field}"
             raise ConfigError(key, get(phase, field), f"{rule} (in phase {name})", _nearest(phase, field))
+
+
+def _unweighted(config: Config) -> list:
+    return [(name, dataclasses.replace(source, weight=1.0)) for name, source in config.data.sources.items()]
 
 
 def _changed(run: Any, phase: Any, prefix: str = "") -> Iterator[str]:

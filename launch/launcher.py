@@ -48,18 +48,22 @@ def train(config: Config, command: Sequence[str]) -> int:
     environment.tell_deepspeed(kind)
     if place:
         return pkgutil.resolve_name(f"{_WORKER}:run")(config, place, command)
-    steps_done = pkgutil.resolve_name("shoestring.train.trainer:steps_done")
-    done, code = steps_done(config), exit_codes.OTHER_SIZE
-    while code == exit_codes.OTHER_SIZE:  # phase by phase, as far as their numbers of ranks differ
+    while True:  # phase by phase, as far as their numbers of ranks differ
+        done = _steps_done(config)
         world_size = phase_at(config, done).config.parallel.world_size
         if world_size == 1:
             code = pkgutil.resolve_name(f"{_WORKER}:run")(config, environment.Place(), command)
         else:
             code = start(config, kind, pkgutil.resolve_name(f"{_WORKER}:run_launched"), command, world_size=world_size)
-        before, done = done, steps_done(config)
+        if code != exit_codes.OTHER_SIZE:
+            return code
+        config = replaced(config, "checkpoint.resume", "auto")  # from what this session saved
         if config.train.stop_after:
-            config = replaced(config, "train.stop_after", max(1, config.train.stop_after - (done - before)))
-    return code
+            config = replaced(config, "train.stop_after", config.train.stop_after - (_steps_done(config) - done))
+
+
+def _steps_done(config: Config) -> int:
+    return pkgutil.resolve_name("shoestring.train.trainer:steps_done")(config)
 
 
 def start(config: Config, device_type: str, target: Callable[..., int], *args: Any, world_size: int) -> int:

@@ -7,7 +7,7 @@ that this code keeps, at even routing: padding of rows to tiles, and the few int
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..conf.schema import Config, ModelConfig
+from ..conf.schema import ModelConfig
 from . import cost
 
 
@@ -47,17 +47,6 @@ def kept_bytes(model: ModelConfig, layer: int, *, width: int, recompute: Collect
     else:
         shared = per_row(m.dense_hidden_dim)
     return Kept(attention=attention, experts=residual + unit + shared + rows, rows=rows)
-
-
-def stage_bytes(config: Config, *, layers, head: bool, padded_values: bool = False) -> int:
-    """Kept of one micro-batch on a rank that holds the blocks `layers` and perhaps the head, whose logits' gradient is kept whole."""
-    m, width = config.model, cost.ELEMENT_BYTES[config.precision.compute]
-    per_token = sum(
-        kept_bytes(m, layer, width=width, recompute=config.train.recompute, padded_values=padded_values).total for layer in layers
-    )
-    if head:
-        per_token += (1 + m.mtp_depth) * (m.vocab_size + 2 * m.dim) * width + m.mtp_depth * 4 * m.dim * width
-    return per_token * config.train.micro_batch_sequences * config.data.seq_len
 
 
 def recompute_flops(model: ModelConfig, layer: int, seq_len: int, recompute: Collection[str]) -> float:

@@ -163,10 +163,17 @@ class _Session:
 
     def _check_same_run(self, start: Path, extra: dict[str, Any]) -> None:
         """Layout, precision, learning rate and what is to come may change between sessions; model, data and what is past may not."""
-        for name, value in dataclasses.asdict(self.config.model).items():
-            trained = extra["model"].get(name, value)
-            if name not in FREE_MODEL_FIELDS and trained != value:
-                raise ConfigError(f"model.{name}", value, f"{start} was trained with another", trained)
+        trained = _flat(extra["model"])
+        for name, value in _flat(dataclasses.asdict(self.phase.config.model)).items():
+            was = trained.get(name, value)
+            if was != value and name.partition(".")[0] not in FREE_MODEL_FIELDS:
+                raise ConfigError(f"model.{name}", value, f"{start} was trained with another", was)
+            if was != value and name != "name":
+                self.log(f"model.{name} is {value:g} from here on; {start.name} was trained with {was:g}")
+        tokenizer = self.part.corpus.tokenizer.fingerprint
+        if extra.get("tokenizer", tokenizer) != tokenizer:
+            rule = f"its ids are not those that {start} was trained on; run_dir/tokenizer.json has the run's (data.tokenizer.kind=file)"
+            raise ConfigError("data.tokenizer.kind", self.phase.config.data.tokenizer.kind, rule)
         same_stream = extra["progress"].get("stream", 0) == self.phase.stream
         for name, value in self._stream().items() if same_stream else ():
             if extra.get(name, value) != value:
@@ -190,6 +197,7 @@ class _Session:
             "progress": dataclasses.asdict(self.progress),
             "phases": _begun(self.config, self.progress.step),
             "model": dataclasses.asdict(c.model),
+            "tokenizer": self.part.corpus.tokenizer.fingerprint,
             **self._stream(),
             "layout": metrics.layout_name(c.parallel),
             "precision": c.precision.compute,
@@ -323,6 +331,12 @@ class _Session:
             time_unix=time.time(),
             session=self.past.session,
         )
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by their dotted keys."""
+    nested = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in section.items()]
+    return {key: value for part in nested for key, value in part.items()}
 
 
 def _begun(config: Config, step: int) -> list[list]:

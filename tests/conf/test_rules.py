@@ -48,6 +48,8 @@ RULES = [
     ("data.seq_len=1000", "data.seq_len", "not exceed model.max_seq_len = 512", 512),
     ("train.global_batch_tokens=1000", "train.global_batch_tokens", "256 x 1 x 1 = 256", 1024),
     ("train.global_batch_tokens=1", "train.global_batch_tokens", "= 256", 256),
+    # phases
+    ("phases.a.data.sources.more.kind=synthetic", "phases.a.data.sources", "learns its ids from them", "stdlib"),
     # optimizer
     ("optim.final_lr=1", "optim.final_lr", "not exceed optim.lr", 0.002),
     ("optim.warmup_steps=1000", "optim.warmup_steps", "fit in train.steps = 100", 100),
@@ -120,6 +122,11 @@ def test_one_wrong_field_in_a_valid_run_is_mended_by_its_nearest_value(change):
     except ConfigError as error:
         if error.field == change[0] and error.nearest is not None:
             check(replaced(config, error.field, error.nearest))
+
+
+def test_phases_may_read_other_sources_where_ids_stay_the_same():
+    load(["data.tokenizer.kind=bytes", "phases.a.data.sources.more.kind=synthetic"])
+    load(["phases.a.data.sources.stdlib.weight=2"])
 
 
 def test_replaced_leaves_the_original_alone():

@@ -173,7 +173,8 @@ def test_a_second_signal_ends_at_once(config):
 
 
 def test_phases_of_other_sizes_follow_one_another(tmp_path):
-    """Two ranks, then this process alone, then two again: one command, one curve, and `train.stop_after` counts over all of them."""
+    """Two ranks, then this process alone, then two again: one command, one curve, and `train.stop_after` counts over all of them; a run
+    begun anew (`checkpoint.resume=never`) goes on with itself."""
     words = [
         "experiment=smoke", "optim.warmup_steps=1", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}",
         "data.seq_len=16", "model.dim=32", "train.eval_interval=0",
@@ -181,7 +182,7 @@ def test_phases_of_other_sizes_follow_one_another(tmp_path):
         "phases.three.parallel.ep=1",
     ]  # fmt: skip
     command = [sys.executable, "-m", "shoestring.train", *words]
-    paused = subprocess.run([*command, "train.stop_after=3"], capture_output=True, text=True, timeout=120)
+    paused = subprocess.run([*command, "train.stop_after=3", "checkpoint.resume=never"], capture_output=True, text=True, timeout=120)
     assert paused.returncode == exit_codes.OK, paused.stderr
     assert "phase two goes on from step 2 of 6 with 1 process\n" in paused.stdout and "paused at step 3 of 6" in paused.stdout
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

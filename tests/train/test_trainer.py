@@ -177,6 +177,31 @@ def test_resume_path_that_is_not_there(words):
     assert issubclass(ConfigError, ValueError)
 
 
+def test_other_ids_are_refused(words):
+    """A tokenizer that gives other ids to the same text would go on with a model that knows another language."""
+    run = words("ids", "optim.warmup_steps=1", "phases.a.train.steps=1", "phases.b.train.steps=5", "phases.b.data.seq_len=8")
+    session([*run, "train.stop_after=1"])
+    with pytest.raises(RankFailed, match=r"data\.tokenizer\.kind = bpe: its ids are not those that "):
+        session([*run, "data.tokenizer.kind=bpe"])  # in phase b, which reads another stream of samples
+    session(run)
+
+
+def test_what_may_change_is_told(words):
+    run = words("longer", "train.stop_after=1")
+    session(run)
+    lines = fork_ranks(1, told, [*run, "model.yarn.factor=4", "model.max_seq_len=1024"])[0]
+    assert [line for line in lines if "from here on" in line] == [
+        "model.max_seq_len is 1024 from here on; step_00000001 was trained with 512",
+        "model.yarn.factor is 4 from here on; step_00000001 was trained with 1",
+    ]
+
+
+def told(overrides):
+    lines = []
+    trainer.run(load(overrides), torch.device("cpu"), log=lines.append)
+    return lines
+
+
 MIXED = [
     "data.sources.synthetic.weight=3", "data.sources.more.kind=synthetic", "data.sources.more.num_documents=900", "train.eval_interval=0",
     "train.steps=2", "train.eval_sequences=13",
