@@ -20,12 +20,14 @@ IGNORED = -100  # a target that has no loss
 class MicroBatch:
     """The tokens of one forward, int64: inputs (B, S), and what follows each (B, S) or, for multi-token prediction, (B, S + depth).
 
-    `counted`: routing statistics are kept (training).
+    `counted`: routing statistics are kept (training). `choose(layer, select, score_TE) -> expert_TK`, (T, K) int64: stands in for the
+    routers' own `select(score_TE)`; a recomputed block asks it twice.
     """
 
     tokens_BS: Tensor
     targets_BN: Tensor
     counted: bool = True
+    choose: Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,7 @@ move the routers' biases. The loop around it (data, checkpoints, records) is `tr
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +50,31 @@ class StepResult:
     flags: Tensor  # sums over ranks of the caller's `flags`
 
 
+class Watch:
+    """Looks on at each step, and may decide which experts tokens go to: for proofs. This one does neither."""
+
+    def routing(self, step: int, samples: Sequence[int]) -> Callable[..., Tensor] | None:
+        """`MicroBatch.choose` of the micro-batch that holds these samples of the stream, in step `step` of the run (0 is the first)."""
+        return None
+
+    def begun(self, engine: "Engine") -> None:
+        """Weights are as initialised, or as loaded."""
+
+    def reduced(self, engine: "Engine", norm: Tensor) -> None:
+        """`engine.optimizer.gradients()` are whole, and not clipped yet."""
+
+    def stepped(self, engine: "Engine", result: StepResult) -> None:
+        """Weights, moments and biases are those after the step."""
+
+
 class Engine:
     """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`.
 
     `mesh`: one of the same layout, to be used again; None makes one.
     """
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu", mesh: Mesh | None = None):
-        self.config, self.device = config, torch.device(device)
+    def __init__(self, config: Config, device: torch.device | str = "cpu", mesh: Mesh | None = None, watch: Watch | None = None):
+        self.config, self.device, self.watch = config, torch.device(device), watch or Watch()
         self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
         self.ops = Ops(compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
@@ -156,12 +173,13 @@ class Engine:
         norm = self.optimizer.norm(self.nominal_tokens / totals.tokens)
         if not math.isfinite(norm.item()):
             raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
+        self.watch.reduced(self, norm)
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
         overload = rank_overload(totals.loads, self.config.parallel.ep, self.placement.expert_at)
         self.placement.after_step(totals.loads, self.optimizer, self.mesh.dense)
         c, routed = self.config.optim, totals.tokens * max(1, self.config.model.num_moe_layers)
-        return StepResult(
+        result = StepResult(
             loss=totals.losses[0] / totals.tokens,
             mtp_losses=[loss / totals.tokens for loss in totals.losses[1:]],
             tokens=totals.tokens,
@@ -175,6 +193,8 @@ class Engine:
             bias_norm=self.biases.double().norm().item(),
             flags=totals.flags,
         )
+        self.watch.stepped(self, result)
+        return result
 
     def evaluate(self, batches: Sequence[MicroBatch], count: int = 0) -> tuple[float, int, int]:
         """(summed loss of the next token, tokens, `count`s) over data-parallel ranks; targets that are IGNORED do not count. Collective."""

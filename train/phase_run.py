@@ -15,7 +15,7 @@ from ..conf.phases import Phase
 from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
 from .data.corpus import Corpus
-from .engine import Engine, StepResult, learning_rate
+from .engine import Engine, StepResult, Watch, learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Evaluation:
 class PhaseRun:
     """Collective to build, as `Engine` is. `mesh`: another phase's, where the layout is the same."""
 
-    def __init__(self, phase: Phase, corpus: Corpus, device: torch.device, mesh: Mesh | None = None):
+    def __init__(self, phase: Phase, corpus: Corpus, device: torch.device, *, mesh: Mesh | None = None, watch: Watch | None = None):
         self.phase, self.corpus, self.device = phase, corpus, device
-        self.engine = Engine(phase.config, device, mesh)
+        self.engine = Engine(phase.config, device, mesh, watch)
         self.dp_rank = self.engine.mesh.dp_rank
 
     def learning_rate(self, step: int) -> float:
@@ -40,10 +40,10 @@ class PhaseRun:
 
     def train(self, step: int, first_sample: int, *, stop: bool) -> StepResult:
         """Step `step` of the run (0 is the first) on the stream's samples from `first_sample` on. `stop`: this rank was asked to."""
-        batches = self._read(first_sample, self.phase.micro_batches(self.phase.batch_tokens(step)))
+        batches = self._read(step, first_sample, self.phase.micro_batches(self.phase.batch_tokens(step)))
         return self.engine.train_step(batches, self.learning_rate(step), flags=self._flags(stop))
 
-    def _read(self, first_sample: int, num: int) -> list[MicroBatch]:
+    def _read(self, step: int, first_sample: int, num: int) -> list[MicroBatch]:
         """This rank's `num` micro-batches: number i of data-parallel rank r holds samples (i * dp + r) * B and on, so that any layout
         reads the same set."""
         c = self.phase.config
@@ -51,7 +51,10 @@ class PhaseRun:
         starts = torch.arange(num) * (dp * size) + first_sample + self.dp_rank * size
         indices = starts[:, None] + torch.arange(size)
         rows = self.corpus.train(indices.flatten().numpy(), phase=self.phase.stream)
-        return [self._micro_batch(part) for part in rows.split(size)]
+        batches = [self._micro_batch(part) for part in rows.split(size)]
+        for batch, samples in zip(batches, indices.tolist()):
+            batch.choose = self.engine.watch.routing(step, samples)
+        return batches
 
     def evaluate(self) -> Evaluation | None:
         """On `train.eval_sequences` held-out samples, shared among the sources (all, where there are fewer); None where there are none."""

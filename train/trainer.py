@@ -23,7 +23,7 @@ from ..parallel.optimizer.zero import Chunk, may_lack
 from . import cost, metrics, units
 from .checkpoint.checkpointer import Checkpointer, find_latest, read_extra
 from .data.corpus import open_corpus
-from .engine import StepResult
+from .engine import StepResult, Watch
 from .metrics import StepRecord, Summary
 from .phase_run import Evaluation, PhaseRun
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
@@ -53,13 +53,20 @@ class Progress:
     sample: int = 0
 
 
-def run(config: Config, device: torch.device, *, stop: Callable[[], bool] = lambda: False, log: Callable[[str], None] = print) -> Outcome:
+def run(
+    config: Config,
+    device: torch.device,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    log: Callable[[str], None] = print,
+    watch: Watch | None = None,
+) -> Outcome:
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
     Collective: every rank of an initialised world calls it. `log` is used on rank 0. Raises ConfigError, DataError, CheckpointError,
     FloatingPointError; whatever was saved before stays.
     """
-    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None).run()
+    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch).run()
 
 
 def find_start(config: Config) -> Path | None:
@@ -83,8 +90,10 @@ def steps_done(config: Config) -> int:
 
 
 class _Session:
-    def __init__(self, config: Config, device: torch.device, stop: Callable[[], bool], log: Callable[[str], None]):
-        self.config, self.device, self.stop, self.log = config, device, stop, log
+    def __init__(
+        self, config: Config, device: torch.device, stop: Callable[[], bool], log: Callable[[str], None], watch: Watch | None = None
+    ):
+        self.config, self.device, self.stop, self.log, self.watch = config, device, stop, log, watch
         self.began = time.monotonic()
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
@@ -141,9 +150,10 @@ class _Session:
             self.part = None  # its weights go before the next are made
             gc.collect()  # stages and their phases hold one another
         corpus = open_corpus(c.data, vocab_size=c.model.vocab_size, seed=c.train.seed, extra=c.model.mtp_depth, log=self.log)
-        self.part = PhaseRun(phase, corpus, self.device, mesh)
+        self.part = PhaseRun(phase, corpus, self.device, mesh=mesh, watch=self.watch)
         if start is not None:
             self._load(start)
+        self.part.engine.watch.begun(self.part.engine)
         if phase.stream != self.progress.stream:
             self.progress.stream, self.progress.sample = phase.stream, 0
         if begins:

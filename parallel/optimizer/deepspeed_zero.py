@@ -114,6 +114,19 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         for grad in self.main_grad.values():
             grad.zero_()
 
+    def _gradients(self):
+        chunks = {}
+        for i, flat in enumerate(self._zero.single_partition_of_fp32_groups):
+            grads = flat.grad.view(-1) if self.optim.offload else torch.cat([g.view(-1) for g in self._zero.averaged_gradients[i]])
+            first = flat.data_ptr()
+            for s in self.specs.values():
+                owned = s.param._hp_mapping
+                if owned is not None and first <= owned.hp_fragment.data_ptr() < first + flat.numel() * flat.element_size():
+                    at = (owned.hp_fragment.data_ptr() - first) // flat.element_size()
+                    piece = grads[at : at + owned.hp_fragment.numel()]
+                    chunks[s.name] = Chunk(s.numel, s.offset + owned.lp_fragment_address.start, piece)
+        return chunks
+
     def _state(self):
         chunks = {}
         for s in self.specs.values():

@@ -186,6 +186,9 @@ class WholeOptimizer(ShardedOptimizer):
                 self._each_owner(b, b.weights, dist.broadcast, "group_src")
         self._wait()
 
+    def _gradients(self):
+        return {p.spec.name: Chunk(p.spec.numel, p.offset, p.grad) for p in self._pieces}
+
     def _state(self):
         return {
             f"{p.spec.name}.{key}": Chunk(p.spec.numel, p.offset, getattr(p, key))

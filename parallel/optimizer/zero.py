@@ -120,6 +120,12 @@ class ShardedOptimizer(ABC):
         self._unreduced, self._scaled = self._stages, False
         return coefficient
 
+    def gradients(self) -> dict[str, Chunk]:
+        """Owned pieces of the reduced and scaled gradients by parameter, between `norm` and `step`. Some may be copies: read only."""
+        if not self._scaled:
+            raise RuntimeError(f"gradients() before norm() in step {self.steps}: they are neither reduced nor scaled")
+        return self._gradients()
+
     def state(self) -> dict[str, Chunk]:
         """Live owned pieces: "<name>.master", ".exp_avg" (Muon's momentum too), ".exp_avg_sq" (not under Muon), ".ema" (if there is one).
 
@@ -166,6 +172,10 @@ class ShardedOptimizer(ABC):
     @abstractmethod
     def _state(self) -> dict[str, Chunk]:
         """`state()` without averages."""
+
+    @abstractmethod
+    def _gradients(self) -> dict[str, Chunk]:
+        """`gradients()`."""
 
     @abstractmethod
     def _load(self) -> None:

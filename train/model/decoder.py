@@ -9,6 +9,7 @@ T = B * S tokens   D model dim   V vocabulary   R rows after dispatch   L losses
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +165,7 @@ class Stage(nn.Module):
         self.stats[layer] = stats = RouterStats(load_E=torch.zeros(self.m.num_experts, dtype=torch.int64, device="cpu"))
         start = lambda h_TD, u_TD, weight_TK, r, *carried: self.dispatcher.start(r, self.slot_of.get(layer))
         return [
-            ComputePhase("attention", self._attend_and_route(block), recompute=attention, after=start),
+            ComputePhase("attention", self._attend_and_route(layer, block), recompute=attention, after=start),
             Dispatch(self.dispatcher, stats.observe),
             ComputePhase("experts", self._experts(block), recompute=experts),
             Combine(self.dispatcher),
@@ -176,11 +177,12 @@ class Stage(nn.Module):
     def _attend(self, block: Block):
         return lambda batch, x_TD, *carried: (*block.attend(x_TD, self.turns(batch), self.ops), *carried)
 
-    def _attend_and_route(self, block: Block):
+    def _attend_and_route(self, layer: int, block: Block):
         def compute(batch: MicroBatch, x_TD: Tensor, *carried: Tensor) -> tuple:
             h_TD, u_TD = block.attend(x_TD, self.turns(batch), self.ops)
             again = (lambda: block.unit(h_TD.detach(), self.ops)) if "norm" in self.ops.recompute else None
-            return h_TD, u_TD, *block.router(u_TD, batch.tokens_BS.shape[1], self.ops, again), *carried
+            select = partial(batch.choose, layer, block.router.select) if batch.choose else None
+            return h_TD, u_TD, *block.router(u_TD, batch.tokens_BS.shape[1], self.ops, again=again, select=select), *carried
 
         return compute
 

@@ -60,14 +60,22 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
         self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, u_TD: Tensor, seq_len: int, ops: Ops, again: Callable[[], Tensor] | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self,
+        u_TD: Tensor,
+        seq_len: int,
+        ops: Ops,
+        *,
+        again: Callable[[], Tensor] | None = None,
+        select: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Routing]:
         """(T, D) -> weight_TK (FP32 or wider, differentiable), and the choice of experts with its sums over tokens, for the record.
 
-        `again`: makes `u_TD` for backward, where nobody keeps it.
+        `again`: makes `u_TD` for backward, where nobody keeps it. `select`: another choice than `self.select`.
         """
         logits_TE = _gate(u_TD, self.weight, ops, again or u_TD.detach)
         score_TE = SCORES[self.m.score_func](logits_TE)
-        expert_TK = self.select(score_TE.detach())
+        expert_TK = (select or self.select)(score_TE.detach())
         weight_TK = score_TE.gather(1, expert_TK)
         if self.m.norm_topk:
             weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)

@@ -1,0 +1,1 @@
+"""`shoestring verify`: a certificate that every layout computes what one process computes."""
