@@ -145,9 +145,10 @@ def first_weights(config: Config) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_weights(ours: dict[str, Tensor], m: ModelConfig, model: nn.Module) -> nn.Module:
     theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+    left = {name for name in theirs if "rotary" not in name}
     for piece in pieces(m, stacked=True):
-        flat = ours[piece.weight].reshape(-1)[piece.offset : piece.offset + piece.numel]
-        theirs.pop(piece.name).copy_(flat.view(piece.shape))
-    left = [name for name in theirs if "rotary" not in name]
+        flat, target = ours[piece.weight].reshape(-1)[piece.offset : piece.offset + piece.numel], theirs[piece.name]
+        (target if piece.index is None else target[piece.index]).copy_(flat.view(piece.shape))
+        left.discard(piece.name)
     assert not left, f"weights of transformers that have no counterpart: {left}"
     return model

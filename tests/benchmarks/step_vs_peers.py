@@ -68,6 +68,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("words", nargs="*", help="configuration words")
     options = parser.parse_args()
     options.pairs = 3 if options.quick else options.pairs
+    if options.pairs < 2:
+        parser.error(f"--pairs {options.pairs}: quartiles want at least 2")
     return options
 
 
