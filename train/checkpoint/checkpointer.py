@@ -163,7 +163,7 @@ class Archive:
         planner.set_up_planner({name: Chunk(numel, start, wanted)}, self._reader.metadata)
         for item in self._reader.prepare_local_plan(planner.create_local_plan()).items:
             low, count = item.dest_offsets[0], item.lengths[0]
-            wanted[low : low + count] = self._reader.read_part(item.storage_index, item.storage_offsets[0], count, dtype)
+            self._reader.read_part(item.storage_index, item.storage_offsets[0], wanted[low : low + count])
         return wanted
 
 

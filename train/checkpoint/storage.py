@@ -163,9 +163,11 @@ class VerifiedReader(dcp.FileSystemReader):
             self._verified.add(file)
         return plan
 
-    def read_part(self, index: MetadataIndex, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` elements from `start` on of one saved piece, in a file that was verified. What torch saves is a zip archive, in which
-        the elements are stored as they are, under `.../data/0`."""
+    def read_part(self, index: MetadataIndex, start: int, out: Tensor) -> None:
+        """Fill `out`, contiguous and of the saved dtype, with the elements from `start` on of one saved piece, in a file that was verified.
+
+        What torch saves is a zip archive, in which the elements are stored as they are, under `.../data/0`.
+        """
         place = self.storage_data[index]
         with open(Path(self.path, place.relative_path), "rb") as file:
             tail = min(place.length, _DIRECTORY)
@@ -177,8 +179,9 @@ class VerifiedReader(dcp.FileSystemReader):
             header = place.offset + place.length - tail + entry.header_offset
             file.seek(header + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
-            file.seek(header + 30 + name_length + extra_length + start * dtype.itemsize)
-            return torch.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+            file.seek(header + 30 + name_length + extra_length + start * out.itemsize)
+            count = file.readinto(out.view(torch.uint8).numpy())
+            assert count == out.nbytes, f"{place.relative_path}: {count} bytes of {index}, want {out.nbytes}"
 
 
 def write_item(name, chunk) -> WriteItem:

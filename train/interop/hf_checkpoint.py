@@ -1,8 +1,6 @@
 """Our side of the exchange with Hugging Face: weights out of a run's checkpoint, and a first checkpoint that training can start from."""
 
-import ctypes
 import dataclasses
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +16,7 @@ from ...parallel.optimizer.zero import Chunk
 from ..checkpoint.checkpointer import Archive, commit, find_latest
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
+from .hf_files import give_back
 from .hf_format import HFError, Piece, pieces, weight_shapes
 
 MASTER, MOMENTS, EMA = ".master", (".exp_avg", ".exp_avg_sq"), ".ema"
@@ -108,18 +107,10 @@ class _StreamPlanner(ChunkSavePlanner):
 
     def lookup_object(self, index):
         self._written.untyped_storage().resize_(0)  # DCP keeps what it wrote, until its file is complete
-        _give_back()
+        give_back()
         piece, first, last = self._block_of[index.fqn, index.offset[0]]
         if index.fqn.endswith(MOMENTS) or piece.implied:
             self._written = torch.zeros((last - first) * piece.row_numel)
         else:
             self._written = self._read(piece, first, last).flatten().to(torch.float32, copy=True)
         return self._written
-
-
-def _give_back() -> None:
-    """Free memory to the system: glibc keeps holes of blocks, which what is small and stays has made too small for the next block."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)

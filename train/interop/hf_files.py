@@ -3,9 +3,11 @@
 Whatever the size of a tensor or of a file, neither is ever held whole.
 """
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -197,12 +199,13 @@ def write_shards(out: Path, tensors: Sequence[Stored], max_shard_bytes: float) -
 
 def _shards(tensors: Sequence[Stored], limit: float) -> Iterator[list[Stored]]:
     """In order, a new one when the next tensor does not fit."""
-    shard: list[Stored] = []
+    shard, num_bytes = [], 0
     for tensor in tensors:
-        if shard and sum(t.num_bytes for t in shard) + tensor.num_bytes > limit:
+        if shard and num_bytes + tensor.num_bytes > limit:
             yield shard
-            shard = []
+            shard, num_bytes = [], 0
         shard.append(tensor)
+        num_bytes += tensor.num_bytes
     yield shard
 
 
@@ -221,6 +224,8 @@ def _write(path: Path, tensors: list[Stored]) -> None:
             for block in t.blocks():
                 assert block.dtype == t.dtype
                 file.write(block.contiguous().flatten().view(torch.uint8).numpy())
+                del block  # before the next one is made
+                give_back()
         assert file.tell() == 8 + len(text) + end, f"{path}: tensors are not as large as announced"
     _flush(path)
 
@@ -244,6 +249,14 @@ class NewFolder:
             flush_folder(self.out.parent)
         else:
             shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def give_back() -> None:
+    """Free memory to the system: glibc keeps holes of blocks, which what is small and stays has made too small for the next block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Weights of an FP8 checkpoint: E4M3 codes and one FP32 scale per 128 x 128 elements, `weight_scale_inv` (DeepSeek-V3 §3.3.2).
 
-R rows   C columns   weight = code * scale
+R rows   C columns   r rows of one strip, of blocks side by side: at most 128   weight = code * scale
+
+Strip by strip, so that what is made on the way stays small beside the weight.
 """
 
 import torch
@@ -19,20 +21,23 @@ def scales(weight_RC: Tensor) -> Tensor:
     its magnitude below the floor), and s = amax / 448 rounded survives a product with 448 and the quotient that follows, although amax
     may not (all 2**23 significands were tried).
     """
-    rows, columns = grid(weight_RC.shape)
-    padded = F.pad(weight_RC.float(), (0, columns * SIDE - weight_RC.shape[1], 0, rows * SIDE - weight_RC.shape[0]))
-    amax = padded.abs().view(rows, SIDE, columns, SIDE).amax((1, 3)).clamp_(min=_FLOOR)
-    return amax / _LARGEST
+    return torch.stack([_scales(strip_rC) for strip_rC in weight_RC.split(SIDE)])
 
 
 def quantise(weight_RC: Tensor) -> Tensor:
     """E4M3 codes (R, C)."""
-    return (weight_RC.float() / _spread(scales(weight_RC), weight_RC.shape)).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    code_RC = torch.empty(weight_RC.shape, dtype=torch.float8_e4m3fn)
+    for strip_rC, code_rC in zip(weight_RC.split(SIDE), code_RC.split(SIDE), strict=True):
+        code_rC.copy_((strip_rC.float() / _spread(_scales(strip_rC), strip_rC)).clamp_(-_LARGEST, _LARGEST))
+    return code_RC
 
 
 def dequantise(code_RC: Tensor, scale: Tensor) -> Tensor:
     """FP32 (R, C): through BF16, no scale would survive."""
-    return code_RC.float().mul_(_spread(scale, code_RC.shape))
+    weight_RC = code_RC.float()
+    for strip_rC, scale_row in zip(weight_RC.split(SIDE), scale, strict=True):
+        strip_rC.mul_(_spread(scale_row, strip_rC))
+    return weight_RC
 
 
 def grid(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
@@ -40,6 +45,12 @@ def grid(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
     return -(-shape[0] // SIDE), -(-shape[1] // SIDE)
 
 
-def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
-    """Each element's scale, (R, C)."""
-    return scale.repeat_interleave(SIDE, 0)[: shape[0]].repeat_interleave(SIDE, 1)[:, : shape[1]]
+def _scales(strip_rC: Tensor) -> Tensor:
+    """Of a strip of at most 128 rows, (ceil(C / 128),)."""
+    amax_C = strip_rC.float().abs().amax(0)
+    return F.pad(amax_C, (0, -len(amax_C) % SIDE)).view(-1, SIDE).amax(1).clamp_(min=_FLOOR) / _LARGEST
+
+
+def _spread(scale_row: Tensor, strip_rC: Tensor) -> Tensor:
+    """The scale of each column of a strip, (C,)."""
+    return scale_row.repeat_interleave(SIDE)[: strip_rC.shape[1]]
