@@ -17,8 +17,6 @@ from shoestring.train import trainer
 from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
 from shoestring.train.metrics import read_records
 
-pytestmark = pytest.mark.xdist_group("recipe")  # one worker makes the whole run, for all
-
 SMALL = [
     "experiment=tiny_recipe", "data=synthetic", "data.seq_len=64", "model.vocab_size=300", "model.dim=32", "model.dense_hidden_dim=48",
     "model.expert_hidden_dim=24", "model.num_heads=2", "model.kv_lora_rank=16", "model.q_lora_rank=16", "train.eval_interval=10",
