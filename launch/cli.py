@@ -183,6 +183,7 @@ def _report(args: argparse.Namespace) -> None:
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="a run directory, a checkpoint, or a Hugging Face folder")
     parser.add_argument("prompt", nargs="?", default="", help="the text to go on from (default: the begin of a document)")
+    parser.add_argument("--weights", choices=["master", "ema"], default="master", help="of a run: those trained, or their moving average")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)")
     parser.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help="the same as --temperature 0")

@@ -6,6 +6,7 @@ V vocabulary
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..conf.compose import load_saved
 from ..conf.schema import ConfigError
 from .data.tokenizer import Tokenizer, load_tokenizer
-from .interop.hf import load_pretrained
+from .interop.hf import filled, load_pretrained, read_rows
 from .interop.hf_checkpoint import CheckpointWeights, find_checkpoint
 from .interop.hf_files import read_json
 from .interop.hf_format import pieces
@@ -52,13 +53,17 @@ class Loaded:
     source: Path  # the checkpoint, or the exported folder
 
 
-def load(source: str | Path) -> Loaded:
+def load(source: str | Path, weights: str = "master") -> Loaded:
     """Of a run directory its newest checkpoint, or one checkpoint of a run, or a Hugging Face folder.
 
-    Raises HFError or CheckpointError where there is no such model, ConfigError where its tokenizer is missing or does not fit.
+    `weights` of a checkpoint: master, or ema, the average of them that the run kept. Raises HFError or CheckpointError where there is no
+    such model, ConfigError where its tokenizer is missing or does not fit, and for an average that a Hugging Face folder cannot have.
     """
     source = Path(source)
     if (source / "config.json").is_file():
+        if weights != "master":
+            rule = f"is of a run; {source} is a Hugging Face folder, with one kind of weights: leave the option out"
+            raise ConfigError("--weights", weights, rule)
         tokenizer, begin = _exported_tokenizer(source)  # before the weights: a missing one is told at once
         model = load_pretrained(source, mtp="skip")
     else:
@@ -66,7 +71,7 @@ def load(source: str | Path) -> Loaded:
         saved = run_dir / "config.yaml"
         end = load_saved(saved).data.tokenizer.end_of_document if saved.is_file() else ""
         tokenizer, begin = load_tokenizer(run_dir / "tokenizer.json", end), None
-        model = _load_checkpoint(source)
+        model = _load_checkpoint(source, weights)
     if tokenizer.vocab_size > model.m.vocab_size:
         rule = f"its {tokenizer.vocab_size} ids do not fit the model's {model.m.vocab_size}: it is that of another model"
         raise ConfigError("tokenizer.json", str(source), rule)
@@ -82,20 +87,10 @@ def _exported_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
     return tokenizer, tokenizer.id_of(spelling.get("bos_token") or "")
 
 
-def _load_checkpoint(path: Path) -> CausalLM:
-    weights = CheckpointWeights(path)
+def _load_checkpoint(path: Path, kind: str) -> CausalLM:
+    weights = CheckpointWeights(path, kind)
     m = dataclasses.replace(weights.m, mtp_depth=0).freeze()
-    with torch.device("meta"):
-        model = CausalLM(m)
-    model.to_empty(device="cpu")
-    for buffer in model.stage.buffers():
-        buffer.zero_()  # a router without a selection bias has it in no checkpoint
-    tensors = {**dict(model.stage.named_parameters()), **dict(model.stage.named_buffers())}
-    for p in pieces(m):
-        if p.numel and not p.implied:
-            start, stop = p.offset, p.offset + p.numel
-            tensors[p.weight].detach().view(-1)[start:stop].copy_(weights.read(p.weight, start, stop).view(-1))
-    return model
+    return filled(m, [p for p in pieces(m) if p.numel and not p.implied], partial(read_rows, weights))
 
 
 class Generator:

@@ -70,6 +70,12 @@ def test_wrong_wishes_are_one_line(exported, capsys, words, code, message):
     )
 
 
+def test_an_exported_model_has_no_average(exported, capsys):
+    rule = f"is of a run; {exported} is a Hugging Face folder, with one kind of weights: leave the option out"
+    assert sample(capsys, exported, "--weights", "ema") == (exit_codes.CONFIG, "", f"error: --weights = ema: {rule}\n")
+    assert sample(capsys, exported, "--weights", "master", "--max-tokens", 2)[0] == exit_codes.OK
+
+
 def test_no_model_is_one_line(tmp_path, capsys):
     code, out, err = sample(capsys, tmp_path / "none")
     assert (code, out, err.count("\n")) == (exit_codes.STORAGE, "", 1)

@@ -193,12 +193,14 @@ def test_blanks_of_other_tokenizers_are_kept():
 # ---------------------------------------------------------------- loading
 
 
-def write_run(folder, m: ModelConfig, steps=(1,)) -> CausalLM:
-    """A run directory whose checkpoint of step i holds the model's weights times i."""
+def write_run(folder, m: ModelConfig, steps=(1,), average: bool = False) -> CausalLM:
+    """A run directory whose checkpoint of step i holds the model's weights times i, and as their average the weights times -i."""
     model = build(m)
     for step in steps:
         chunks = {f"{n}.master": Chunk(p.numel(), 0, p.detach().flatten() * step) for n, p in model.stage.named_parameters()}
         chunks |= {n: Chunk(b.numel(), 0, b.flatten() + step) for n, b in model.stage.named_buffers()}
+        if average:
+            chunks |= {f"{n}.ema": Chunk(p.numel(), 0, p.detach().flatten() * -step) for n, p in model.stage.named_parameters()}
         extra = {"progress": {"step": step}, "model": dataclasses.asdict(m), "precision": "bf16"}
         Checkpointer(folder / "checkpoints", keep_last=9, async_save=False).save(step, chunks, extra)
     ByteTokenizer().save(folder / "tokenizer.json")
@@ -216,6 +218,26 @@ def test_a_run_is_loaded_in_fp32_from_its_newest_checkpoint(tmp_path):
     assert torch.equal(tensors["layers.1.router.bias"], torch.full((4,), 2.0))
     earlier = load(tmp_path / "checkpoints" / "step_00000001")
     assert torch.equal(dict(earlier.model.stage.named_parameters())["embed"], model.stage.embed)
+
+
+def test_the_average_of_a_run_is_loaded(tmp_path):
+    """With the selection biases, of which there is no average; prediction modules are left out of it as well."""
+    model = write_run(tmp_path / "run", small(mtp_depth=1), average=True)
+    found = load(tmp_path / "run", weights="ema").model.stage
+    tensors = dict(found.named_parameters())
+    assert tensors.keys() < dict(model.stage.named_parameters()).keys()
+    assert all(torch.equal(tensor, -model.stage.get_parameter(name)) for name, tensor in tensors.items())
+    assert torch.equal(found.layers["1"].router.bias, torch.ones(4))
+    assert torch.equal(load(tmp_path / "run").model.stage.embed, model.stage.embed)
+
+
+def test_an_average_that_is_not_there(tmp_path):
+    write_run(tmp_path / "run", small())
+    with pytest.raises(hf.HFError, match=r"holds no ema weights: was optim.ema_decay 0\?"):
+        load(tmp_path / "run", weights="ema")
+    hf.export(tmp_path / "run", tmp_path / "hf", dtype="fp32")
+    with pytest.raises(ConfigError, match=r"--weights = ema: is of a run; .*hf is a Hugging Face folder"):
+        load(tmp_path / "hf", weights="ema")
 
 
 def test_prediction_modules_are_left_out(tmp_path):

@@ -24,7 +24,7 @@ from .hf_files import SCALE, HFFolder, NewFolder, Stored, matched, write_json, w
 from .hf_format import STORED_DTYPES, HFError, Piece, model_config_from_hf, pieces, stored_dtype, to_hf_config, weight_shapes
 from .hf_fp8 import grid, quantise, scales
 
-__all__ = ["CONVERSION_BYTES", "HFError", "ModelWeights", "WeightSource", "export", "import_", "load_pretrained", "write"]
+__all__ = ["CONVERSION_BYTES", "HFError", "ModelWeights", "WeightSource", "export", "filled", "import_", "load_pretrained", "write"]
 
 CONVERSION_BYTES = 128 * 2**20
 MTP = ("check", "shared-from-main", "skip")
@@ -198,6 +198,11 @@ def load_pretrained(path: str | Path, *, dtype: str = "fp32", mtp: str = "check"
     if dtype not in DTYPES:
         raise HFError(f"dtype = {dtype}: must be auto or one of {', '.join(DTYPES)}")
     parts = matched(folder, m, mtp=mtp)
+    return filled(m, parts, folder.read, dtype)
+
+
+def filled(m: ModelConfig, parts: list[Piece], read: Rows, dtype: str = "fp32") -> CausalLM:
+    """A model on the CPU with weights from `read`. `parts`: all its pieces but for copies, what is implied, and what has no elements."""
     with torch.device("meta"):
         model = CausalLM(m, DTYPES[dtype])
     model.to_empty(device="cpu")
@@ -208,7 +213,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "fp32", mtp: str = "check"
         flat = tensors[p.weight].detach().view(-1)
         for first, last in p.blocks():
             start, stop = (p.offset + row * p.row_numel for row in (first, last))
-            flat[start:stop].copy_(folder.read(p, first, last).view(-1))
+            flat[start:stop].copy_(read(p, first, last).view(-1))
     return model
 
 

@@ -54,21 +54,6 @@ SHAPES = {
 }  # fmt: skip
 
 
-def build(m: ModelConfig, dtype=torch.float32, seed: int = 0) -> CausalLM:
-    """A model with random weights, norms and biases included."""
-    with torch.device("meta"):
-        model = CausalLM(m, dtype)
-    materialise(model.stage, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.stage.named_parameters(), *model.stage.named_buffers()]:
-            if tensor.dim() == 1:
-                tensor.normal_(0.0, 0.1, generator=generator).add_(0.0 if name.endswith("bias") else 1.0)
-                if name.endswith("bias") and m.score_func == "softmax":  # has none
-                    tensor.zero_()
-    return model
-
-
 def tokens(m: ModelConfig, seed: int = 1) -> torch.Tensor:
     return torch.randint(m.vocab_size, (2, 23), generator=torch.Generator().manual_seed(seed))
 
@@ -78,7 +63,7 @@ def relative(a, b) -> float:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(build, tmp_path) -> Path:
     """A checkpoint of SHAPES[first] in several shards."""
     model = build(small())
     write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
@@ -115,7 +100,7 @@ def test_deepseek_v3_has_the_released_tensors():
 
 
 @pytest.mark.parametrize("m", SHAPES.values(), ids=SHAPES.keys())
-def test_transformers_loads_what_we_write(m, tmp_path):
+def test_transformers_loads_what_we_write(build, m, tmp_path):
     ours = build(m)
     write(ModelWeights(ours), m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -131,7 +116,7 @@ def test_transformers_loads_what_we_write(m, tmp_path):
         assert torch.equal(back(tokens(m)), ours(tokens(m)))
 
 
-def test_bf16(tmp_path):
+def test_bf16(build, tmp_path):
     """Weights are rounded once; the selection bias, which steps of 0.001 have moved, is not."""
     ours = build(small())
     write(ModelWeights(ours), ours.m, tmp_path / "hf", dtype="bf16")
@@ -148,7 +133,7 @@ def test_bf16(tmp_path):
     assert relative(wide(tokens(ours.m)), theirs.float()(tokens(ours.m)).logits) <= 1e-5
 
 
-def test_shards_stay_small(tmp_path):
+def test_shards_stay_small(build, tmp_path):
     model, limit = build(small()), 30_000
     write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=limit)
     sizes = [sum(t.nbytes for t in load_file(file).values()) for file in sorted((tmp_path / "hf").glob("*.safetensors"))]
@@ -158,7 +143,7 @@ def test_shards_stay_small(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp8"])
-def test_files_do_not_depend_on_the_size_of_blocks(tmp_path, monkeypatch, dtype):
+def test_files_do_not_depend_on_the_size_of_blocks(build, tmp_path, monkeypatch, dtype):
     """Experts, embeddings, norms and scales in one block each, and in many."""
     m = small(dim=136, expert_hidden_dim=300, vocab_size=259)  # blocks of 128 rows; the last has 44, and 3
     write(ModelWeights(build(m)), m, tmp_path / "one", dtype=dtype)
@@ -167,14 +152,14 @@ def test_files_do_not_depend_on_the_size_of_blocks(tmp_path, monkeypatch, dtype)
     assert (tmp_path / "one" / hf_files.SINGLE).read_bytes() == (tmp_path / "many" / hf_files.SINGLE).read_bytes()
 
 
-def test_a_softmax_router_with_a_selection_bias_is_not_written(tmp_path):
+def test_a_softmax_router_with_a_selection_bias_is_not_written(build, tmp_path):
     ours = build(SHAPES["DeepSeek-V2-Lite in small"])
     ours.stage.layers["2"].router.bias[3] = 1e-3
     with pytest.raises(HFError, match=r"layers\.2\.router\.bias is not zero"):
         write(ModelWeights(ours), ours.m, tmp_path / "hf", dtype="fp32")
 
 
-def test_nothing_is_left_of_a_failed_export(tmp_path):
+def test_nothing_is_left_of_a_failed_export(build, tmp_path):
     model = build(small())
 
     class Failing(ModelWeights):
@@ -188,7 +173,7 @@ def test_nothing_is_left_of_a_failed_export(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_overwrites_nothing(folder):
+def test_an_export_overwrites_nothing(build, folder):
     model = build(small())
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(HFError, match="is not an empty folder"):
@@ -196,7 +181,7 @@ def test_an_export_overwrites_nothing(folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_a_source_of_another_model_is_refused(tmp_path):
+def test_a_source_of_another_model_is_refused(build, tmp_path):
     model = build(small())
     for m, part in ((small(num_layers=4), "lack layers.3"), (small(num_layers=2), "that its model does not: layers.2")):
         with pytest.raises(HFError, match=part):
@@ -252,7 +237,7 @@ def test_mtp_layers_are_left_out_when_told(folder):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_second_copy_of_a_tied_table(tmp_path, equal):
+def test_a_second_copy_of_a_tied_table(build, tmp_path, equal):
     model = build(small(tie_embeddings=True))
     write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
     change(tmp_path / "hf", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + (0.0 if equal else 1e-6)}))
@@ -351,7 +336,7 @@ def _checkpoint_of(model: CausalLM, folder: Path, *, order: dict[str, list[int]]
     return folder
 
 
-def test_moved_experts_are_exported_in_order(tmp_path):
+def test_moved_experts_are_exported_in_order(build, tmp_path):
     model = build(small())
     run = _checkpoint_of(model, tmp_path / "run", order={"1": [3, 1, 0, 2, 7, 6, 5, 4], "2": [1, 2, 3, 4, 5, 6, 7, 0]})
     export(run, tmp_path / "hf")
@@ -359,7 +344,7 @@ def test_moved_experts_are_exported_in_order(tmp_path):
     assert (tmp_path / "hf" / hf_files.SINGLE).read_bytes() == (tmp_path / "wanted" / hf_files.SINGLE).read_bytes()
 
 
-def test_the_average_is_exported(tmp_path):
+def test_the_average_is_exported(build, tmp_path):
     model, order = build(small()), {"1": list(range(8)), "2": list(range(8))}
     run = _checkpoint_of(model, tmp_path / "run", order=order)
     export(run, tmp_path / "hf", weights="ema")
@@ -369,7 +354,7 @@ def test_the_average_is_exported(tmp_path):
     assert torch.equal(found.layers["1"].router.bias, model.stage.layers["1"].router.bias)
 
 
-def test_a_run_without_an_average(tmp_path):
+def test_a_run_without_an_average(build, tmp_path):
     model = build(small())
     write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32")
     import_(tmp_path / "hf", tmp_path / "start")
@@ -393,7 +378,7 @@ def _loss_of_first(config, checkpoint, batch):
 
 
 @pytest.mark.parametrize("layout", [["parallel.pp=1"], ["parallel.pp=2", "parallel.ep=2"]])
-def test_training_starts_from_an_import(tmp_path, layout):
+def test_training_starts_from_an_import(build, tmp_path, layout):
     model = build(small(vocab_size=259))
     write(ModelWeights(model), model.m, tmp_path / "hf", dtype="fp32", max_shard_bytes=40_000)
     checkpoint = import_(tmp_path / "hf", tmp_path / "start", name="mine")

@@ -17,7 +17,6 @@ from shoestring.train.interop import hf_files
 from shoestring.train.interop.hf import HFError, ModelWeights, export, import_, load_pretrained, write
 from shoestring.train.interop.hf_format import pieces
 from shoestring.train.interop.hf_fp8 import dequantise, quantise, scales
-from shoestring.train.model.decoder import CausalLM, materialise
 from transformers import AutoModelForCausalLM
 
 # Of the two, `transformers` reads the second on a CPU: there it takes a block's size from the number of blocks, which is 128 only where
@@ -31,16 +30,6 @@ EVEN = dataclasses.replace(
     RAGGED, mtp_depth=0, dim=256, kv_lora_rank=64, q_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
     dense_hidden_dim=384, expert_hidden_dim=128,
 )  # fmt: skip
-
-
-def build(m: ModelConfig) -> CausalLM:
-    with torch.device("meta"):
-        model = CausalLM(m)
-    materialise(model.stage, seed=0)
-    for name, tensor in [*model.stage.named_parameters(), *model.stage.named_buffers()]:
-        if tensor.dim() == 1:
-            tensor.data.normal_(0.0, 0.1).add_(0.0 if name.endswith("bias") else 1.0)
-    return model
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -111,7 +100,7 @@ def test_the_tensors_of_deepseek_v3_as_released():
 
 
 @pytest.mark.parametrize("m", [RAGGED, EVEN], ids=["ragged, with prediction", "even"])
-def test_export_import_export_gives_the_same_bytes(tmp_path, m):
+def test_export_import_export_gives_the_same_bytes(build, tmp_path, m):
     train_bpe(["def f(x):\n    return x\n"] * 9, 259).save(tmp_path / "tokenizer.json")
     options = dict(dtype="fp8", max_shard_bytes=300_000)
     write(ModelWeights(build(m)), m, tmp_path / "one", tokenizer=tmp_path / "tokenizer.json", **options)
@@ -124,7 +113,7 @@ def test_export_import_export_gives_the_same_bytes(tmp_path, m):
     assert all(one[name] == two[name] for name in one)
 
 
-def test_what_is_quantised(tmp_path):
+def test_what_is_quantised(build, tmp_path):
     """Linear layers of attention, dense block, experts and shared experts: not embedding, head, norms, gate, nor a prediction's merge."""
     write(ModelWeights(build(RAGGED)), RAGGED, tmp_path / "hf", dtype="fp8")
     stored = tensors_of(tmp_path / "hf")
@@ -141,7 +130,7 @@ def test_what_is_quantised(tmp_path):
     assert config["quantization_config"]["weight_block_size"] == [128, 128] and config["dtype"] == "bfloat16"
 
 
-def test_transformers_loads_fp8(tmp_path):
+def test_transformers_loads_fp8(build, tmp_path):
     """Without a GPU it de-quantises; in FP32, so that logits can be compared."""
     write(ModelWeights(build(EVEN)), EVEN, tmp_path / "hf", dtype="fp8", max_shard_bytes=1e6)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
@@ -168,7 +157,7 @@ NAME = "model.layers.2.mlp.experts.7.up_proj.weight"
         (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(2, 2)}), "unexpected lm_head.weight_scale_inv"),
     ],
 )
-def test_scales_that_do_not_fit_are_refused(tmp_path, edit, part):
+def test_scales_that_do_not_fit_are_refused(build, tmp_path, edit, part):
     m = dataclasses.replace(RAGGED, mtp_depth=0)
     write(ModelWeights(build(m)), m, tmp_path / "hf", dtype="fp8")
     tensors = tensors_of(tmp_path / "hf")
@@ -179,7 +168,7 @@ def test_scales_that_do_not_fit_are_refused(tmp_path, edit, part):
     assert part in str(error.value)
 
 
-def test_codes_without_a_quantization_config_are_refused(tmp_path):
+def test_codes_without_a_quantization_config_are_refused(build, tmp_path):
     write(ModelWeights(build(EVEN)), EVEN, tmp_path / "hf", dtype="fp8")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     del config["quantization_config"]

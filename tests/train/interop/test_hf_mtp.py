@@ -11,7 +11,7 @@ from shoestring.parallel.phases import ComputePhase, MicroBatch
 from shoestring.train.checkpoint.checkpointer import Archive
 from shoestring.train.interop import hf_files
 from shoestring.train.interop.hf import HFError, ModelWeights, import_, load_pretrained, write
-from shoestring.train.model.decoder import CausalLM, materialise
+from shoestring.train.model.decoder import CausalLM
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import MtpModel
@@ -24,18 +24,8 @@ M = ModelConfig(
 EMBED, HEAD = "model.layers.3.embed_tokens.weight", "model.layers.4.shared_head.head.weight"
 
 
-def build(m: ModelConfig) -> CausalLM:
-    with torch.device("meta"):
-        model = CausalLM(m)
-    materialise(model.stage, seed=0)
-    for name, tensor in [*model.stage.named_parameters(), *model.stage.named_buffers()]:
-        if tensor.dim() == 1:
-            tensor.data.normal_(0.0, 0.1).add_(0.0 if name.endswith("bias") else 1.0)
-    return model
-
-
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(build, tmp_path) -> Path:
     write(ModelWeights(build(M)), M, tmp_path / "hf", dtype="fp32")
     return tmp_path / "hf"
 
@@ -128,7 +118,7 @@ def test_a_checkpoint_without_copies_is_read(folder):
     assert all(torch.equal(a, b) for a, b in zip(before.stage.parameters(), after.stage.parameters(), strict=True))
 
 
-def test_a_tied_model(tmp_path):
+def test_a_tied_model(build, tmp_path):
     ours = build(dataclasses.replace(M, tie_embeddings=True))
     write(ModelWeights(ours), ours.m, tmp_path / "hf", dtype="fp32")
     tensors = load_file(tmp_path / "hf" / hf_files.SINGLE)
