@@ -1,5 +1,5 @@
-"""Whole training steps on dp 2 x ep 2 x pp 2, weight gradients run late, against `transformers` and torch's AdamW, Muon and
-`clip_grad_norm_` in one process; what is refused; what state weighs.
+"""Whole training steps on pp 2 x edp 2 x ep 2 in FP32 and BF16, weight gradients run late, against `transformers` and torch's AdamW, Muon
+and `clip_grad_norm_` in one process; what is refused; what state weighs.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from shoestring.parallel.optimizer.make import make_optimizer
 from shoestring.parallel.optimizer.zero import Spec
 from shoestring.parallel.phases import MicroBatch
 from shoestring.parallel.schedule import SCHEDULES, Op
-from shoestring.train.engine import Engine
+from shoestring.train.engine import Engine, Watch
 from shoestring.train.interop.hf_format import pieces, to_hf_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,32 +60,57 @@ def late_weight_gradients(monkeypatch):
     monkeypatch.setitem(SCHEDULES, "1f1b", dataclasses.replace(one_f_one_b, actions=late))
 
 
-def ours(words):
-    """A rank's {tensor: (numel, offset, data)} before and after three steps, with each step's gradients before clipping, and the norms."""
-    config = load([*CONFIG, *words])
-    engine, norms = Engine(config), []
-    owned = lambda: {name: (c.numel, c.offset, c.data.clone()) for name, c in engine.optimizer.state().items()}
-    before, grads, take_step = owned(), {}, engine.optimizer.step
+class Gradients(Watch):
+    """Keeps each step's, before clipping."""
 
-    def step(norm, lr):
-        for p in getattr(engine.optimizer, "_pieces", ()):
-            grads[f"{p.spec.name}.grad{engine.optimizer.steps}"] = (p.spec.numel, p.offset, p.grad.clone())
-        return take_step(norm, lr)
+    def __init__(self):
+        self.seen = {}
 
-    engine.optimizer.step = step
+    def reduced(self, engine, norm):
+        self.seen |= {f"{name}.grad{engine.optimizer.steps}": piece for name, piece in owned(engine.optimizer.gradients()).items()}
+
+
+def owned(chunks):
+    return {name: (c.numel, c.offset, c.data.clone()) for name, c in chunks.items()}
+
+
+def ours(words, pinned=False):
+    """A rank's {tensor: (numel, offset, data)} before and after three steps, with each step's gradients, the norms, and the weights that
+    the model then computes with."""
+    config, watch, norms = load([*CONFIG, *words]), Gradients(), []
+    engine = Engine(config, watch=watch)
+    if pinned:
+        engine.biases += always_the_same(config.model)
+    before = owned(engine.optimizer.state())
     for number in range(STEPS):
         mine = rows_of(config, number)[engine.mesh.dp_rank :: config.parallel.dp]
         batches = [MicroBatch(tokens_BS=r[None, :-1], targets_BN=r[None, 1:]) for r in mine]
         norms.append(engine.train_step(batches, LR).grad_norm)
-    return before, owned() | grads, norms
+    specs, weights = engine.optimizer.specs, engine.parameters()
+    weights = {name: (s.numel, s.offset, weights[name].detach().flatten()) for name, s in specs.items()}
+    return before, owned(engine.optimizer.state()) | watch.seen, norms, weights
+
+
+def always_the_same(m):
+    """(E,) biases that make these four experts of two groups every token's: no near-tie can decide."""
+    return torch.tensor([10.0 if e in (0, 1, m.num_experts - 4, m.num_experts - 3) else 0.0 for e in range(m.num_experts)])
 
 
 def whole(ranks):
     tensors = {}
     for part in ranks:
         for name, (numel, offset, data) in part.items():
-            tensors.setdefault(name, torch.full((numel,), torch.nan))[offset : offset + len(data)] = data
+            tensors.setdefault(name, torch.full((numel,), torch.nan, dtype=data.dtype))[offset : offset + len(data)] = data
     return tensors
+
+
+def renamed(config, tensors, kind):
+    """Our tensors of that kind, as theirs are called and shaped; experts are stacked."""
+    parts = defaultdict(list)
+    for p in pieces(config.model, stacked=True):
+        if f"{p.weight}.{kind}" in tensors and not p.is_selection_bias:
+            parts[p.name].append(tensors[f"{p.weight}.{kind}"][p.offset : p.offset + p.numel].view(p.shape))
+    return {name: torch.stack(p) if ".mlp.experts." in name else p[0] for name, p in parts.items()}
 
 
 def matrices(name, tensor, m):
@@ -101,44 +126,60 @@ def matrices(name, tensor, m):
 
 
 class Theirs:
-    """The same steps with other people's code: the whole batch at once, each matrix a parameter of its own."""
+    """The model of `transformers` in FP32, on the whole batch at once."""
 
-    def __init__(self, config, first):
-        self.config, o = config, config.optim
+    def __init__(self, config, weights, pinned=False):
+        self.config = config
         hf = DeepseekV3Config(**to_hf_config(config.model, "fp32"), attn_implementation="eager")
         self.model = DeepseekV3ForCausalLM(hf)
-        assert not self.model.load_state_dict(first, strict=False).unexpected_keys
-        self.weights = {n: p.detach() for n, p in self.model.named_parameters()}
-        self.grads = {n: torch.zeros_like(p) for n, p in self.weights.items()}
-        self.first, self.second = ({n: torch.zeros_like(p) for n, p in self.weights.items()} for _ in range(2))
+        self.load(weights)
+        for name, bias in self.model.named_buffers():
+            if pinned and name.endswith("e_score_correction_bias"):
+                bias.copy_(always_the_same(config.model))
+
+    def load(self, weights):
+        left = self.model.load_state_dict(weights, strict=False)
+        assert not left.unexpected_keys and all("correction_bias" in name for name in left.missing_keys)
+
+    def gradients(self, step):
+        rows = rows_of(self.config, step)
+        self.model.zero_grad()
+        F.cross_entropy(self.model(rows[:, :-1], use_cache=False).logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
+
+class Torch:
+    """torch's optimizers over FP32 tensors, in place; each matrix is a parameter of its own."""
+
+    def __init__(self, config, weights):
+        o, self.clip, self.weights = config.optim, config.optim.clip, weights
+        self.grads, self.first, self.second = ({n: torch.zeros_like(w) for n, w in weights.items()} for _ in range(3))
         adam, muon = {True: [], False: []}, []
         self.leaves = []  # (leaf, first moment, second moment)
-        for n, p in self.weights.items():
-            parts = matrices(n, p, config.model) if o.algorithm == "muon" else None
-            held = [t[n] for t in (self.weights, self.grads, self.first, self.second)]
+        self.by_muon = set()
+        for n, w in weights.items():
+            parts = matrices(n, w, config.model) if o.algorithm == "muon" else None
+            held = [t[n] for t in (weights, self.grads, self.first, self.second)]
             for part, grad, *moments in zip(*(matrices(n, t, config.model) for t in held)) if parts else [held]:
                 leaf = nn.Parameter(part)
                 leaf.grad = grad
-                (muon if parts else adam[p.dim() > 1]).append(leaf)
+                (muon if parts else adam[w.dim() > 1]).append(leaf)
                 self.leaves.append((leaf, *moments))
+            self.by_muon |= {n} if parts else set()
         groups = [{"params": leaves, "weight_decay": o.weight_decay * decays} for decays, leaves in adam.items()]
         self.optimizers = [torch.optim.AdamW(groups, lr=LR, betas=(o.beta1, o.beta2), eps=o.eps)]
         if muon:
             options = dict(momentum=o.muon_momentum, adjust_lr_fn="match_rms_adamw")
             self.optimizers.append(torch.optim.Muon(muon, lr=LR, weight_decay=o.weight_decay, **options))
 
-    def step(self, number):
-        """-> norm, {parameter: gradient before clipping}."""
-        rows = rows_of(self.config, number)
-        self.model.zero_grad()
-        F.cross_entropy(self.model(rows[:, :-1], use_cache=False).logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-        unclipped = {n: p.grad.clone() for n, p in self.model.named_parameters()}
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip).item()
-        for n, p in self.model.named_parameters():
-            self.grads[n].copy_(p.grad)
+    def step(self, grads):
+        """-> the norm before clipping."""
+        for n, grad in self.grads.items():
+            grad.copy_(grads[n])
+        norm = nn.utils.clip_grad_norm_([leaf for leaf, *_ in self.leaves], self.clip).item()
         for optimizer in self.optimizers:
             optimizer.step()
-        return norm, unclipped
+        return norm
 
     def moments(self):
         for leaf, first, second in self.leaves:
@@ -157,34 +198,68 @@ def test_eight_ranks_equal_one_process_of_torch(engine, algorithm):
     words = [*LAYOUT, f"optim.engine={engine}", f"optim.algorithm={algorithm}"]
     config = load([*CONFIG, *words])
     ranks = fork_ranks(8, ours, words, timeout_s=100)
-    before, after, norms = whole(r[0] for r in ranks), whole(r[1] for r in ranks), ranks[0][2]
-    named = defaultdict(list)
-    for p in pieces(config.model, stacked=True):
-        if not p.is_selection_bias:
-            named[p.name].append(p)
-
-    def mine(tensors, name, kind):
-        """Our tensor of that kind, as theirs is called and shaped; experts are stacked."""
-        parts = [tensors[f"{p.weight}.{kind}"][p.offset : p.offset + p.numel].view(p.shape) for p in named[name]]
-        return parts[0] if len(parts) == 1 else torch.stack(parts)
-
-    theirs = Theirs(config, {n: mine(before, n, "master") for n in named})
-    for number, norm in enumerate(norms):
-        their_norm, grads = theirs.step(number)
-        assert norm == pytest.approx(their_norm, rel=1e-5) and norm > config.optim.clip, "this test wants clipping to matter"
-        for n in named if engine == "whole" else ():
+    before, after = (renamed(config, whole(r[i] for r in ranks), "master") for i in (0, 1))
+    state = whole(r[1] for r in ranks)
+    theirs = Theirs(config, before)
+    oracle = Torch(config, {n: p.detach() for n, p in theirs.model.named_parameters()})
+    for number, norm in enumerate(ranks[0][2]):
+        grads, found = theirs.gradients(number), renamed(config, state, f"grad{number}")
+        assert found.keys() == grads.keys()
+        for n in grads:
             # Muon's weights are as close as its rounding lets them be, and so are the gradients that follow.
-            assert relative(mine(after, n, f"grad{number}"), grads[n]) <= (1e-5 if algorithm == "adamw" or number == 0 else 1e-3), n
-    first, second = theirs.moments()
+            assert relative(found[n], grads[n]) <= (1e-5 if algorithm == "adamw" or number == 0 else 1e-3), n
+        assert norm == pytest.approx(oracle.step(grads), rel=1e-5) and norm > config.optim.clip, "this test wants clipping to matter"
     tolerance = 1e-5 if algorithm == "adamw" else 1e-3
-    for n, (p, *_) in named.items():
-        assert relative(mine(after, n, "master"), theirs.weights[n]) <= tolerance, n
-        assert relative(mine(after, n, "master"), mine(before, n, "master")) > 1e-3, f"{n} was not trained"
-        assert relative(mine(after, n, "exp_avg"), first[n]) <= tolerance, n
-        if f"{p.weight}.exp_avg_sq" in after:
-            assert relative(mine(after, n, "exp_avg_sq"), second[n]) <= tolerance, n
-        else:
-            assert algorithm == "muon" and matrices(n, second[n], config.model), n
+    for n, weight in oracle.weights.items():
+        assert relative(after[n], weight) <= tolerance, n
+        assert relative(after[n], before[n]) > 1e-3, f"{n} was not trained"
+    for n, mine, their in beside(oracle, config, state):
+        assert relative(mine, their) <= tolerance, n
+
+
+def beside(oracle, config, state):
+    """(name, our moment, theirs), of all moments: those under Muon have no second."""
+    for kind, theirs in zip(("exp_avg", "exp_avg_sq"), oracle.moments()):
+        found = renamed(config, state, kind)
+        assert found.keys() == theirs.keys() - (oracle.by_muon if kind == "exp_avg_sq" else set())
+        yield from ((n, mine, theirs[n]) for n, mine in found.items())
+
+
+# Of the norm. A rounding to BF16's 8 bits moves a value by up to 2^-8 of it, evenly: by 2^-8 / sqrt(3) in the mean square. A moment has
+# been rounded once a step; independent roundings add up to sqrt(STEPS / 3) 2^-8 at most. Half of that more, since some tensors are small.
+BF16_MOMENTS = 1.5 * (STEPS / 3) ** 0.5 * 2**-8
+# Newton-Schulz multiplies 15 times in BF16: so many roundings, of 2^-8 / sqrt(3) each.
+BF16_MUON = 2 * (15 / 3) ** 0.5 * 2**-8
+
+
+@pytest.mark.parametrize("algorithm, moments", [("adamw", "fp32"), ("adamw", "bf16"), ("muon", "bf16")])
+def test_eight_ranks_in_bf16(algorithm, moments):
+    """Gradients against the FP32 model of `transformers` with the same rounded weights; the update against torch's over FP32 masters, fed
+    with our gradients. Routing is pinned, since BF16 rounding decides near-ties."""
+    words = [*LAYOUT, "precision=bf16", f"optim.algorithm={algorithm}", f"optim.moments={moments}"]
+    config = load([*CONFIG, *words])
+    ranks = fork_ranks(8, ours, words, True, timeout_s=100)
+    state = whole(r[1] for r in ranks)
+    before, after = renamed(config, whole(r[0] for r in ranks), "master"), renamed(config, state, "master")
+    theirs, oracle = Theirs(config, before, pinned=True), Torch(config, {n: master.clone() for n, master in before.items()})
+    for number, norm in enumerate(ranks[0][2]):
+        theirs.load({n: master.bfloat16() for n, master in oracle.weights.items()})
+        exact, found = theirs.gradients(number), renamed(config, state, f"grad{number}")
+        assert found.keys() == exact.keys()
+        for n in exact:
+            assert found[n].dtype == torch.float32
+            assert relative(found[n], exact[n]) <= 3e-2, n  # it has passed through tens of roundings, 2^-9 each
+        assert norm == pytest.approx(oracle.step(found), rel=1e-6) and norm > config.optim.clip
+    for n, master in oracle.weights.items():  # by how far they went: a step's update is as good as the moments that make it
+        tolerance = BF16_MUON if n in oracle.by_muon else BF16_MOMENTS if moments == "bf16" else 1e-5
+        assert after[n].dtype == torch.float32 and relative(after[n] - before[n], master - before[n]) <= tolerance, n
+    for n, mine, their in beside(oracle, config, state):
+        rounded = moments == "bf16" and n not in oracle.by_muon
+        assert mine.dtype == (torch.bfloat16 if rounded else torch.float32), n
+        assert relative(mine, their) <= (BF16_MOMENTS if rounded else 1e-5), n
+    for name, (_, offset, weights) in (item for r in ranks for item in r[3].items()):
+        master = state[f"{name}.master"][offset : offset + len(weights)]
+        assert weights.dtype == torch.bfloat16 and torch.equal(weights, master.bfloat16()), f"{name}: not the masters, rounded"
 
 
 # ---------------------------------------------------------------- what state weighs
