@@ -242,8 +242,8 @@ class Engine:
     def _update_biases(self, loads: Tensor) -> None:
         """Aux-loss-free balancing (V3 §2.1.2): up where an expert had less than the mean of the global batch, down where more."""
         if loads.numel():
-            wide = loads.to(self.device, torch.float64)
-            self.biases += self.config.optim.bias_update_speed * torch.sign(wide.mean(1, keepdim=True) - wide).to(self.biases.dtype)
+            short = loads.sum(1, keepdim=True) - loads * loads.shape[1]  # in whole numbers: a GPU's mean of equal loads may be off by a bit
+            self.biases += self.config.optim.bias_update_speed * short.sign().to(self.biases)
 
     # ------------------------------------------------------------ state
 

@@ -166,7 +166,7 @@ class RouterStats:
     def observe(self, r: Routing) -> None:
         self.load_E += r.load_E
         for name, value in r.sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums.get(name, 0) + value.double()  # of thousands of micro-batches: FP32 would drift
 
     def take(self) -> tuple[Tensor, dict[str, Tensor]]:
         """(load_E, sums) since the last call, which start anew."""
