@@ -73,6 +73,7 @@ def test_no_conversion_takes_more_than_the_cap(tmp_path):
         "write bf16": run(WRITE.format(dtype="bf16"), tmp_path),
         "import": run(IMPORT, tmp_path),
         "export fp8": run(EXPORT.format(source="start", out="again", dtype="fp8"), tmp_path),
+        "import fp8": run('peak(lambda: hf.import_("again", "from_fp8"))', tmp_path),
     }
     held = sum(file.stat().st_size for file in (tmp_path / "start" / "checkpoints" / "step_00000000").iterdir())
     assert held > 4 * CONVERSION_BYTES
