@@ -18,7 +18,7 @@ from shoestring.launch.verify import plain
 from shoestring.launch.verify.plain_optimizer import learning_rate, orthogonal
 from shoestring.parallel.phases import MicroBatch
 from shoestring.train import engine, trainer
-from shoestring.train.interop.hf_format import SELECTION_BIAS, pieces, to_hf_config, weight_shapes
+from shoestring.train.interop.hf_format import pieces, to_hf_config, weight_shapes
 from shoestring.train.metrics import read_records
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
@@ -34,12 +34,14 @@ BASE = [
     "optim.warmup_steps=1", "optim.lr=1e-2", "optim.final_lr=1e-3", "optim.clip=0.5", "optim.weight_decay=0.3", "optim.eps=1e-6",
     "optim.bias_update_speed=0.05", "optim.sequence_balance_coef=0.03", "optim.z_loss_coef=0.02",
 ]  # fmt: skip
-YARN = ["model.yarn.factor=4", "model.yarn.original_max_seq_len=8", "model.yarn.beta_fast=2", "model.yarn.beta_slow=0.1"]
+YARN = ["model.yarn.factor=4", "model.yarn.original_max_seq_len=8", "model.yarn.beta_slow=0.1"]
 CASES = {
     "DeepSeek-V3 in small": [],
     "queries without a latent, one micro-batch": ["model.q_lora_rank=0", "train.micro_batch_sequences=4"],
-    "YaRN": [*YARN, "model.yarn.mscale=0.7", "model.yarn.mscale_all_dim=1.0"],
-    "YaRN without mscales, linear decay": [*YARN, "model.yarn.mscale=0", "model.yarn.mscale_all_dim=0", "optim.decay=linear"],
+    "YaRN": [*YARN, "model.yarn.beta_fast=0.5", "model.yarn.mscale=0.7", "model.yarn.mscale_all_dim=1.0"],
+    "YaRN without mscales, its ramp cut off, linear decay": [
+        *YARN, "model.yarn.mscale=0", "model.yarn.mscale_all_dim=0", "optim.decay=linear", "optim.warmup_steps=0", "optim.decay_steps=3",
+    ],
     "softmax scores": ["model.score_func=softmax", "model.num_limited_groups=4", "model.norm_topk=false", "optim.bias_update_speed=0"],
     "one group, weights as they are, two shared": [
         "model.num_groups=1", "model.num_limited_groups=1", "model.norm_topk=false", "model.route_scale=1.5", "model.num_shared_experts=2",
@@ -48,7 +50,7 @@ CASES = {
     "dense blocks only": ["model.num_dense_layers=3", "model.mtp_depth=1"],
     "tied, two prediction modules, average": ["model.tie_embeddings=true", "model.mtp_depth=2", "optim.ema_decay=0.7"],
     "prediction module, clip that does not act": ["model.mtp_depth=1", "optim.mtp_weight=0.7", "optim.clip=1e6", "optim.decay=none"],
-    "three modules, decay that ends early": ["model.mtp_depth=3", "model.num_layers=2", "optim.warmup_steps=0", "optim.decay_steps=2"],
+    "three modules, decay that ends early": ["model.mtp_depth=3", "model.num_layers=2", "optim.warmup_steps=0", "optim.decay_steps=1"],
     "Muon": ["optim.algorithm=muon", "optim.ema_decay=0.5", "model.mtp_depth=1"],
     "Muon, queries without a latent": ["optim.algorithm=muon", "model.q_lora_rank=0", "optim.muon_momentum=0.6", "optim.constant_steps=1"],
     "routing from outside": ["model.mtp_depth=1", "train.micro_batch_sequences=2"],
@@ -160,7 +162,7 @@ def lifted(model, monkeypatch):
     return model
 
 
-@pytest.mark.parametrize("name", [name for name, words in CASES.items() if "softmax" not in name and "model.mtp_depth" not in str(words)])
+@pytest.mark.parametrize("name", [name for name, words in CASES.items() if "model.mtp_depth" not in str(words)])
 def test_logits_equal_transformers(name, monkeypatch):
     m = load([*BASE, *CASES[name]]).model
     flat = flat_weights(m)
@@ -169,16 +171,20 @@ def test_logits_equal_transformers(name, monkeypatch):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").double()
     state: dict[str, list] = {}
     for p in pieces(m, stacked=True):
+        if p.implied:
+            flat[p.weight].zero_()
+            continue
         source = flat.get(p.weight if p.is_selection_bias else f"{p.weight}.master", torch.zeros(0))  # of no shared experts
         state.setdefault(p.name, []).append(source[p.offset : p.offset + p.numel].view(p.shape))
     state = {key: torch.stack(parts) if parts[0].dim() and ".mlp.experts." in key else parts[0] for key, parts in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all(key == "lm_head.weight" or key.endswith(SELECTION_BIAS) for key in missing), (missing, unexpected)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     tokens = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(3))
-    wanted = lifted(model, monkeypatch)(tokens, use_cache=False).logits
+    is_v3 = m.score_func == "sigmoid"  # DeepseekV2ForCausalLM stays as it comes, with norms, gate and angles in FP32
+    wanted = (lifted(model, monkeypatch) if is_v3 else model)(tokens, use_cache=False).logits
     found = plain.logits(m, flat, tokens)
     assert found.dtype == wanted.dtype == torch.float64
-    assert (found - wanted).norm() <= 1e-11 * wanted.norm()
+    assert (found - wanted).norm() <= (1e-11 if is_v3 else 1e-6) * wanted.norm()
 
 
 # ---------------------------------------------------------------- parts
@@ -186,7 +192,7 @@ def test_logits_equal_transformers(name, monkeypatch):
 
 @given(st.integers(0, 10**6), st.sampled_from([(8, 4, 2, 3), (8, 1, 1, 2), (6, 3, 3, 4), (6, 3, 1, 2), (12, 4, 3, 9)]))
 def test_a_margin_is_a_promise(seed, sizes):
-    """While scores move by less than half their token's margin the choice stays; where one group is all there is, no more is promised."""
+    """While scores move by less than half their token's margin the choice stays; without groups, a score that moves by all of it decides."""
     num_experts, groups, limit, top_k = sizes
     m = ModelConfig(num_experts=num_experts, num_groups=groups, num_limited_groups=limit, top_k=top_k)
     g = torch.Generator().manual_seed(seed)
