@@ -192,7 +192,7 @@ def test_logits_equal_transformers(name, monkeypatch):
 
 @given(st.integers(0, 10**6), st.sampled_from([(8, 4, 2, 3), (8, 1, 1, 2), (6, 3, 3, 4), (6, 3, 1, 2), (12, 4, 3, 9)]))
 def test_a_margin_is_a_promise(seed, sizes):
-    """While scores move by less than half their token's margin the choice stays; without groups, a score that moves by all of it decides."""
+    """While scores move by less than half the margin, the choice stays; without groups, a move of one score by all of it decides."""
     num_experts, groups, limit, top_k = sizes
     m = ModelConfig(num_experts=num_experts, num_groups=groups, num_limited_groups=limit, top_k=top_k)
     g = torch.Generator().manual_seed(seed)
