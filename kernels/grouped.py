@@ -25,6 +25,8 @@ class RowGroups:
 
     @classmethod
     def of(cls, sizes: list[int], device: torch.device | str = "cpu") -> "RowGroups":
+        if sum(sizes) > torch.iinfo(torch.int32).max:
+            raise ValueError(f"{sum(sizes)} rows for one rank's experts, and grouped_mm counts in int32: lower train.micro_batch_sequences")
         return cls(sizes=sizes, ends_e=torch.tensor(sizes, device=device).cumsum(0).to(torch.int32))
 
 
