@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,7 +23,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from .manifest import CheckpointError, digest, flush_folder, read_manifest, unpickle_metadata, verify, write_manifest
 
 METADATA = ".metadata"
-_DIRECTORY = 1 << 16  # bytes that the directory of a zip archive with one tensor surely fits into
 
 
 class ChunkSavePlanner(dcp.DefaultSavePlanner):
@@ -170,18 +170,41 @@ class VerifiedReader(dcp.FileSystemReader):
         """
         place = self.storage_data[index]
         with open(Path(self.path, place.relative_path), "rb") as file:
-            tail = min(place.length, _DIRECTORY)
-            file.seek(place.offset + place.length - tail)
-            with zipfile.ZipFile(io.BytesIO(file.read(tail))) as archive:
+            with zipfile.ZipFile(_Window(file, place.offset, place.length)) as archive:  # reads its directory only
                 entry = next(e for e in archive.infolist() if e.filename.endswith("/data/0"))
             assert entry.compress_type == zipfile.ZIP_STORED
-            # Only the archive's end was shown: the place of an entry is relative to where that begins.
-            header = place.offset + place.length - tail + entry.header_offset
+            header = place.offset + entry.header_offset
             file.seek(header + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             file.seek(header + 30 + name_length + extra_length + start * out.itemsize)
             count = file.readinto(out.view(torch.uint8).numpy())
             assert count == out.nbytes, f"{place.relative_path}: {count} bytes of {index}, want {out.nbytes}"
+
+
+class _Window(io.RawIOBase):
+    """`length` bytes of a file from `offset` on, as a file of its own: an archive of any size says where its directory is."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, to: int, whence: int = io.SEEK_SET) -> int:
+        at = to + (0, self._at, self._length)[whence]
+        if at < 0:
+            raise OSError(f"seek to {at}, before the first byte")
+        self._at = at
+        return at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
 
 
 def write_item(name, chunk) -> WriteItem:
