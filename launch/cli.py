@@ -198,6 +198,20 @@ def _sample(args: argparse.Namespace) -> None:
     _call("shoestring.launch.sample:show", **{key: value for key, value in vars(args).items() if key != "command"})
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=(
+        "layouts=smoke (default), all, exhaustive or such as pp2ep2,ep4/alltoall; world=8 processes; steps=3; seed=0; "
+        "routing=natural, one_expert, idle_rank, alternating, ties or trace:FILE; target=shoestring or deepspeed; out=runs/verify; "
+        "and " + _OVERRIDES))  # fmt: skip
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    environment.prepare(threads=1)
+    environment.tell_deepspeed("cpu")
+    return _call("shoestring.launch.verify.command:main", args.overrides, args.config_dir)
+
+
 COMMANDS = {
     "train": Command(
         help="train a model, or go on with a run that was stopped",
@@ -238,6 +252,17 @@ COMMANDS = {
         examples=(
             "shoestring data build experiment=tiny",
             "shoestring data build data=files 'data.sources.files.paths=[corpus/*.jsonl]' --shard 0 --num-shards 4",
+        ),
+    ),
+    "verify": Command(
+        help="prove that every layout computes what one process computes",
+        arguments=_verify_arguments,
+        run=_verify,
+        examples=(
+            "shoestring verify                                             six layouts, a minute",
+            "shoestring verify layouts=all world=8                         every layout of eight processes, every pair of options",
+            "shoestring verify model=tiny layouts=pp2ep2,ep4 steps=2       two layouts of another model",
+            "shoestring verify target=deepspeed                            DeepSpeed's expert parallelism under the same certificate",
         ),
     ),
     "report": Command(

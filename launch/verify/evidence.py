@@ -35,10 +35,12 @@ class Step:
 class Evidence:
     """`first`: "embed.master" ... and biases before the first step. `owners`: by tensor's name, (begin, end, rank) of who held which part.
 
-    `faults`: what is wrong without any comparison, such as ranks that disagree, or an element that two ranks own.
+    `faults`: what is wrong without any comparison, such as ranks that disagree, or an element that two ranks own. `complete`: it holds all
+    that there is; another system may not tell everything.
     """
 
     first: dict[str, Tensor]
     steps: list[Step]
     owners: Mapping[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    complete: bool = True

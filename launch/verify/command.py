@@ -1,0 +1,202 @@
+"""`shoestring verify`: choose what to prove, say what cannot be, prove the rest side by side, and certify.
+
+    base words + layouts and options (cases.py) -> a session per case (observe.py), its reference (plain.py), the differences
+    (compare.py), all in prove.py -> a table, certificate.json, and the smallest case that still fails (shrink.py)
+"""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...conf.errors import ConfigError
+from ...conf.schema import Config
+from ...parallel.optimizer import deepspeed_zero
+from ...train import cost, units
+from .. import exit_codes
+from . import certificate
+from .cases import USUAL, Case, Invalid, checked, composed, layouts, option_cases
+from .prove import Fault, Verdict, prove
+from .shrink import shrink
+
+# On four processes, within a minute: the mechanisms that differ, once each.
+SMOKE = (
+    ("pp2ep2", ()), ("edp2ep2", ("model.mtp_depth=1", "model.tie_embeddings=true")), ("pp4", ("optim.algorithm=muon",)),
+    ("pp2edp2/interleaved_1f1b", ("train.recompute=[attention,experts]", "model.mtp_depth=1")),
+    ("edp2ep2", ("precision=fp32", "optim.engine=deepspeed", "parallel.placement_interval=1")), ("pp2ep2", ("precision=bf16",)),
+)  # fmt: skip
+_BYTES_LEFT = 0.8  # of the machine's free memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """`words`: settings of the configuration. `out`: where certificate.json goes."""
+
+    layouts: str = "smoke"
+    world: int = 8
+    steps: int = 3
+    seed: int = 0
+    routing: str = "natural"
+    target: str = "shoestring"
+    out: Path = Path("runs/verify")
+    words: tuple[str, ...] = ()
+    config_dir: str | None = None
+
+
+def parse(words: Sequence[str], config_dir: str | None = None) -> Request:
+    """Raises ConfigError for a setting of ours that is no number where it must be one."""
+    own = {}
+    settings = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in ("layouts", "routing", "target"):
+            own[key] = value
+        elif equals and key in ("world", "steps", "seed"):
+            if not value.isdecimal() or (key != "seed" and int(value) < 1):
+                raise ConfigError(key, value, "must be a whole number" + (" from 1 on" if key != "seed" else ""))
+            own[key] = int(value)
+        elif equals and key == "out":
+            own[key] = Path(value)
+        else:
+            settings.append(word)
+    return Request(**own, words=tuple(settings), config_dir=config_dir)
+
+
+def main(words: Sequence[str], config_dir: str | None) -> int:
+    return verify(parse(words, config_dir))
+
+
+def verify(request: Request, *, fault: Fault | None = None, say: Callable[[str], None] = print) -> int:
+    """Prove what is asked for; an exit code: 0 only if every case passed. Raises ConfigError before anything runs."""
+    began = time.monotonic()
+    torch.set_num_threads(1)
+    base = base_words(request)
+    config = composed(base)
+    valid, invalid = checked(list(choose_cases(request, base)))
+    for case in invalid:
+        say(f"invalid  {case.name}: {case.why}")
+    if not valid:
+        raise ConfigError("layouts", request.layouts, f"none is valid for this model on {request.world} processes")
+    _check_memory(config, max(case.config().parallel.world_size for case in valid))
+    say(f"{config.model.name}: {units.count(cost.num_params(config.model).total)} parameters; {len(valid)} cases, {request.steps} steps of "
+        f"{config.sequences_per_step} x {config.data.seq_len} tokens, seed {request.seed}; {len(invalid)} cases are invalid")  # fmt: skip
+    say("      layout -> resumed on                      deviation of limit, what and where (time)")
+    verdicts, smallest = [], {}
+    with tempfile.TemporaryDirectory(prefix="shoestring-verify-") as folder:
+        for done, verdict in enumerate(run(valid, Path(folder), fault), 1):
+            verdicts.append(verdict)
+            say(f"{done:>3}/{len(valid)}  {certificate.row(verdict)}")
+        for verdict in (v for v in verdicts if not v.passed):
+            say(f"\nFAIL  {verdict.case.name}\n{certificate.details(verdict)}")
+            small = shrink(verdict.case, lambda case: not prove(case, "", Path(folder) / "shrink", fault).passed)
+            smallest[verdict.case.name] = small.command
+            say(f"  smallest that still fails: {small.command}")
+    verdicts.sort(key=lambda v: valid.index(v.case))
+    failed, seconds = len(smallest), time.monotonic() - began
+    content = certificate.certificate(config, verdicts, invalid, command_of(request), seconds, smallest)
+    path = certificate.write(request.out, content)
+    say(f"\n{len(verdicts) - failed} of {len(verdicts)} cases passed in {units.duration(seconds)}: {path}")
+    return exit_codes.OK if not failed else exit_codes.FAILED
+
+
+def command_of(request: Request) -> str:
+    own = [f"{key}={getattr(request, key)}" for key in ("layouts", "world", "steps", "seed", "routing", "target")]
+    return " ".join(["shoestring verify", *own, *request.words])
+
+
+# ---------------------------------------------------------------- what to prove
+
+
+def base_words(request: Request) -> tuple[str, ...]:
+    """The user's settings over the usual ones. A usual value that does not go with the user's gives way to the nearest that does."""
+    given = {word.partition("=")[0].lstrip("+~") for word in request.words}
+    batch = 2 * request.world * 8
+    usual = [*USUAL, f"train.global_batch_tokens={batch}", f"train.steps={request.steps}", f"train.seed={request.seed}"]
+    if "experiment" in given:
+        given |= {"model", "optim"}
+    usual = [word for word in usual if word.partition("=")[0] not in given]
+    for _ in range(8):
+        words = (*usual, *request.words)
+        try:
+            if composed(words).phases:
+                rule = "a run of several phases is not proved as a whole: name the model and the settings of the phase instead"
+                raise ConfigError("phases", ", ".join(composed(words).phases), rule)
+            return words
+        except ConfigError as error:
+            at = next((i for i, word in enumerate(usual) if word.partition("=")[0] == error.field), None)
+            if at is None or error.nearest is None:
+                raise
+            usual[at] = f"{error.field}={error.nearest}"
+    return (*usual, *request.words)
+
+
+def choose_cases(request: Request, base: tuple[str, ...]) -> Iterator[Case]:
+    case = lambda layout, options=(): Case(layout=layout, options=options, routing=request.routing, base=base)
+    every = [case(layout) for layout in layouts(request.world)]
+    if request.layouts == "all":
+        yield from every
+        yield from option_cases(base)
+    elif request.layouts == "exhaustive":
+        yield from every
+        for layout in checked(every)[0]:
+            yield from (Case(layout=layout.layout, options=c.options, routing=c.routing, base=base) for c in option_cases(base))
+    elif request.layouts == "smoke":
+        given = {word.partition("=")[0] for word in request.words}
+        for layout, options in SMOKE:
+            yield case(layout, tuple(word for word in options if word.partition("=")[0] not in given))
+    else:
+        yield from (case(layout.strip()) for layout in request.layouts.split(","))
+
+
+def _check_memory(config: Config, world: int) -> None:
+    """Weights, gradients and optimizer of all ranks, and what is kept of each step for the comparison."""
+    params = cost.num_params(config.model).trained
+    needed = params * 8 * (4 * world + 8 * config.train.steps)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > _BYTES_LEFT * free:
+        rule = (f"has {units.count(params)} parameters: {world} processes want some {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; prove a "
+                "small one with the same mechanisms (model.num_layers=, model.dim=, model.num_experts= ...)")  # fmt: skip
+        raise ConfigError("model", config.model.name, rule, "micro")
+
+
+# ---------------------------------------------------------------- side by side
+
+
+RESUME_ON = ("pp2ep2", "edp2ep2", "pp4", "pp2edp2", "ep4", "edp4", "pp2ep2/interleaved_1f1b", "ep2", "pp2", "edp2", "pp1")
+
+
+def run(cases: Sequence[Case], folder: Path, fault: Fault | None = None) -> Iterator[Verdict]:
+    """Verdicts as they come. Each case's ranks are forked from a process that is forked from this one, which has the imports."""
+    if any("optim.engine=deepspeed" in (*case.base, *case.options) for case in cases):
+        logging.getLogger("deepspeed").setLevel(logging.ERROR)
+        deepspeed_zero.preload()
+    with ProcessPoolExecutor(max(1, os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")) as pool:
+        jobs = [pool.submit(prove, case, other, folder / f"case{i}", fault) for i, (case, other) in enumerate(zip(cases, _resumed(cases)))]
+        for job in as_completed(jobs):
+            yield job.result()
+
+
+def _resumed(cases: Sequence[Case]) -> Iterator[str]:
+    """For each case another layout to go on with, in turn."""
+    turn = itertools.cycle(RESUME_ON)
+    for case in cases:
+        yield next((layout for layout in itertools.islice(turn, len(RESUME_ON)) if layout != case.layout and _valid(case, layout)), "")
+
+
+def _valid(case: Case, layout: str) -> bool:
+    return not isinstance(_config(case, layout), Invalid)
+
+
+def _config(case: Case, layout: str) -> Config | Invalid:
+    try:
+        return Case(layout=layout, options=case.options, base=case.base).config()
+    except ConfigError as error:
+        return Invalid(name=layout, why=str(error))
