@@ -48,7 +48,8 @@ def _step_of_many(replicas):
         rows = torch.randint(300, (1, 33), generator=torch.Generator().manual_seed(i))
         rows[:, 20 + i :] = torch.where(torch.arange(33 - 20 - i) > 5, -100, rows[:, 20 + i :])  # fewer targets than nominal_tokens
         batches.append(MicroBatch(tokens_BS=rows[:, :-1].clamp(min=0), targets_BN=rows[:, 1:]))
-    all_reduce, reduce = dist.all_reduce, dist.reduce
+    all_reduce, reduce, norm, scales = dist.all_reduce, dist.reduce, engine.optimizer.norm, []
+    engine.optimizer.norm = lambda scale: [scales.append(scale), norm(scale)][1]
     # What is 1-D is summed over the world; the scalar is the squared norm over owned pieces, which stays one rank's.
     dist.all_reduce = lambda t, *args, **kwargs: t.mul_(replicas) if t.dim() else all_reduce(t, *args, **kwargs)
     dist.reduce = lambda t, *args, **kwargs: [t.mul_(replicas), reduce(t, *args, **kwargs)][1]
@@ -57,14 +58,16 @@ def _step_of_many(replicas):
     finally:
         dist.all_reduce, dist.reduce = all_reduce, reduce
     weights = {name: p.detach().clone() for name, p in engine.parameters().items()}
-    return result, weights, sum(int((b.targets_BN >= 0).sum()) for b in batches)
+    return result, weights, sum(int((b.targets_BN >= 0).sum()) for b in batches), scales
 
 
 def test_a_step_of_63_m_tokens_is_the_step_of_its_mean():
     """A million replicas of one rank's 51 tokens change every sum, and neither loss, norm, clip, weights nor biases."""
-    ((one, weights, tokens), (many, weights_of_many, _)) = fork_ranks(1, _both)[0]
+    ((one, weights, tokens, scale), (many, weights_of_many, _, scale_of_many)) = fork_ranks(1, _both)[0]
     replicas = 1 << 20
     assert tokens * replicas == many.tokens > TOKENS / 2 and one.tokens == tokens
+    # Backward divided by a micro-batch's 32 tokens: what is left to do makes it the mean over all.
+    assert scale == [32 / tokens] and scale_of_many == [32 / (tokens * replicas)]
     assert torch.equal(many.loads, one.loads * replicas) and many.loads.dtype == torch.int64
     for name in ("loss", "grad_norm", "clip_coef", "balance_loss", "z_loss", "router_entropy", "bias_norm"):
         assert getattr(many, name) == pytest.approx(getattr(one, name), rel=1e-6), name
