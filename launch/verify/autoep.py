@@ -26,8 +26,7 @@ from ...conf.schema import Config, ConfigError, OptimConfig
 from ...parallel.optimizer import deepspeed_zero
 from ...train.interop.hf_format import Piece, pieces, to_hf_config, weight_shapes
 from ..local import fork_ranks
-from .evidence import Evidence, Step
-from .observe import Choose
+from .evidence import Choose, Evidence, Step
 
 LOOP = {"use_grouped_mm": False}  # AutoEP's plain form: its grouped one has a SwiGLU in Triton, and wants it of a CPU too
 PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

@@ -23,9 +23,9 @@ from ..validate import validate
 # What is proved unless it is asked otherwise: small, well-conditioned, and with everything that may go wrong switched on.
 USUAL = (
     "model=micro", "precision=fp64", "data=synthetic", "data.sources.synthetic.num_documents=200", "data.seq_len=8",
-    "train.micro_batch_sequences=1", "train.eval_interval=0", "train.eval_sequences=8", "optim.warmup_steps=1", "optim.clip=0.5",
+    "train.micro_batch_sequences=1", "data.eval_fraction=0", "optim.warmup_steps=1", "optim.lr=5e-4", "optim.clip=0.5",
     "optim.eps=1e-6", "optim.z_loss_coef=1e-3", "optim.sequence_balance_coef=1e-2", "optim.bias_update_speed=1e-2",
-    "checkpoint.interval=1", "checkpoint.keep_last=1000", "checkpoint.async_save=false",
+    "checkpoint.keep_last=1000", "checkpoint.async_save=false",
 )  # fmt: skip
 # Each value of each of these meets each value of every other in some case, as far as they can go together.
 OPTIONS: dict[str, tuple[str, ...]] = {

@@ -1,7 +1,7 @@
 """`shoestring verify`: choose what to prove, say what cannot be, prove the rest side by side, and certify.
 
-    base words + layouts and options (cases.py) -> a session per case (observe.py), its reference (plain.py), the differences
-    (compare.py), all in prove.py -> a table, certificate.json, and the smallest case that still fails (shrink.py)
+base words + layouts and options (cases.py) -> a session per case (observe.py), its reference (plain.py), the differences
+(compare.py), all in prove.py -> a table, certificate.json, and the smallest case that still fails (shrink.py)
 """
 
 import itertools
@@ -96,7 +96,7 @@ def verify(request: Request, *, fault: Fault | None = None, say: Callable[[str],
             say(f"{done:>3}/{len(valid)}  {certificate.row(verdict)}")
         for verdict in (v for v in verdicts if not v.passed):
             say(f"\nFAIL  {verdict.case.name}\n{certificate.details(verdict)}")
-            small = shrink(verdict.case, lambda case: not prove(case, "", Path(folder) / "shrink", fault).passed)
+            small = shrink(verdict.case, _still_fails(verdict, Path(folder) / "shrink", fault))
             smallest[verdict.case.name] = small.command
             say(f"  smallest that still fails: {small.command}")
     verdicts.sort(key=lambda v: valid.index(v.case))
@@ -105,6 +105,12 @@ def verify(request: Request, *, fault: Fault | None = None, say: Callable[[str],
     path = certificate.write(request.out, content)
     say(f"\n{len(verdicts) - failed} of {len(verdicts)} cases passed in {units.duration(seconds)}: {path}")
     return exit_codes.OK if not failed else exit_codes.FAILED
+
+
+def _still_fails(verdict: Verdict, folder: Path, fault: Fault | None) -> Callable[[Case], bool]:
+    """Whether a smaller case fails too; gone on with on another layout only where nothing else failed."""
+    only_resumed = verdict.broken and all(d.quantity.startswith(("resumed", "random")) for d in verdict.broken)
+    return lambda case: not prove(case, verdict.resumed_on if only_resumed else "", folder, fault).passed
 
 
 def command_of(request: Request) -> str:
@@ -118,8 +124,9 @@ def command_of(request: Request) -> str:
 def base_words(request: Request) -> tuple[str, ...]:
     """The user's settings over the usual ones. A usual value that does not go with the user's gives way to the nearest that does."""
     given = {word.partition("=")[0].lstrip("+~") for word in request.words}
-    batch = 2 * request.world * 8
+    batch = 2 * (4 if request.layouts == "smoke" else request.world) * 8
     usual = [*USUAL, f"train.global_batch_tokens={batch}", f"train.steps={request.steps}", f"train.seed={request.seed}"]
+    usual.append(f"checkpoint.interval={max(1, request.steps - 1)}")
     if "experiment" in given:
         given |= {"model", "optim"}
     usual = [word for word in usual if word.partition("=")[0] not in given]
@@ -162,8 +169,8 @@ def _check_memory(config: Config, world: int) -> None:
     needed = params * 8 * (4 * world + 8 * config.train.steps)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > _BYTES_LEFT * free:
-        rule = (f"has {units.count(params)} parameters: {world} processes want some {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; prove a "
-                "small one with the same mechanisms (model.num_layers=, model.dim=, model.num_experts= ...)")  # fmt: skip
+        rule = (f"has {units.count(params)} parameters: {world} processes want some {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; "
+                "prove a small one with the same mechanisms (model.num_layers=, model.dim=, model.num_experts= ...)")  # fmt: skip
         raise ConfigError("model", config.model.name, rule, "micro")
 
 

@@ -6,10 +6,14 @@ one comparison (`compare.py`) serves them all.
 L MoE layers (modules of multi-token prediction among them)   E experts   N samples of a step   S sequence length   K top-k
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+
+# (step, layer, samples, the router's own select, score_TE) -> expert_TK: decides the routing. Samples are numbered on from step to step.
+Choose = Callable[[int, int, Sequence[int], Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

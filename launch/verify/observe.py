@@ -20,10 +20,7 @@ from ...parallel.optimizer.zero import Chunk
 from ...train import trainer
 from ...train.engine import Engine, StepResult, Watch
 from ..local import fork_ranks
-from .evidence import Evidence, Step
-
-# (step, layer, samples of the step, select, score_TE) -> expert_TK
-Choose = Callable[[int, int, Sequence[int], Callable[[Tensor], Tensor], Tensor], Tensor]
+from .evidence import Choose, Evidence, Step
 
 
 @dataclass(kw_only=True)
@@ -173,8 +170,8 @@ def _whole(of_ranks: list[Pieces], when: str, faults: list[str]) -> tuple[dict[s
         at = 0
         for begin, end, rank in [*sorted(held), (len(whole[name]), len(whole[name]), -1)]:
             if begin != at:
-                problem = f"elements {at} to {begin} have no owner" if begin > at else f"elements {begin} to {at} have an owner beside rank {rank}"
-                faults.append(f"{name} {when}: {problem}")
+                missing, twice = f"elements {at} to {begin} have no owner", f"elements {begin} to {at} have an owner beside rank {rank}"
+                faults.append(f"{name} {when}: {missing if begin > at else twice}")
             at = max(at, end)
     return whole, dict(owners)
 
@@ -207,5 +204,6 @@ def read_twice_or_never(views: list[View], config: Config) -> list[str]:
         for pp_rank in range(config.parallel.pp):
             read = sorted(sample for view in views if view.pp_rank == pp_rank for sample in view.samples[step])
             if read != wanted:
-                faults.append(f"step {step + 1} on pipeline rank {pp_rank} read samples {read[:4]} ... ({len(read)}), not {wanted[0]} to {wanted[-1]}")
+                found = f"samples {read[:4]} ... ({len(read)}), not {wanted[0]} to {wanted[-1]}"
+                faults.append(f"step {step + 1} on pipeline rank {pp_rank} read {found}")
     return faults

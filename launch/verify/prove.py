@@ -4,6 +4,7 @@ The reference in FP64 and FP32 is the plain model (`plain.py`). Where rounding i
 one process of this code in the same precision, and both take the plain model's choice of experts.
 """
 
+import dataclasses
 import hashlib
 import shutil
 import time
@@ -25,8 +26,7 @@ from ..local import RankFailed
 from . import observe, plain
 from .cases import Case, changed
 from .compare import LIMITS, Deviation, Limits, compare, near_ties, resumed, worst
-from .evidence import Evidence
-from .observe import Choose
+from .evidence import Choose, Evidence
 from .routing import make, replay, trace_of
 
 # One process, and nothing that may not matter.
@@ -199,9 +199,8 @@ def _resume(
     found = list(resumed(again, evidence.steps[before - 1], where))
     tail = Evidence(first=known.evidence.first, steps=known.evidence.steps[before:])
     continued = Evidence(first=known.evidence.first, steps=again.steps, owners=again.owners, faults=again.faults)
-    for d in compare(continued, tail, limits, config.model.num_experts):
-        step = d.where.replace("step 1", f"step {before + 1}")
-        found.append(Deviation(quantity=f"resumed {d.quantity}", where=f"{step}, on {layout}", value=d.value, limit=d.limit))
+    for d in compare(continued, tail, limits, config.model.num_experts, first_step=before + 1):
+        found.append(dataclasses.replace(d, quantity=f"resumed {d.quantity}", where=f"{d.where}, on {layout}"))
     for view, saved in zip(later, views):
         if view.rng != saved.steps[before - 1].rng:
             found.append(Deviation(quantity="random state", where=f"rank {view.rank} {where}", value=float("inf"), limit=0.0))

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ...conf.errors import ConfigError, most_like
 from ...conf.schema import Config
-from .evidence import Evidence
-from .observe import Choose
+from .evidence import Choose, Evidence
 
 ROUTINGS = ("natural", "one_expert", "idle_rank", "alternating", "ties")
 

@@ -59,7 +59,8 @@ def _smaller(case: Case) -> Iterator[Case]:
     if m.num_experts > 1:
         experts = m.num_experts // 2
         yield _set(case, f"model.num_experts={experts}")
-        yield _set(case, f"model.num_experts={experts}", "model.num_groups=1", "model.num_limited_groups=1", f"model.top_k={min(m.top_k, experts)}")
+        without_groups = ("model.num_groups=1", "model.num_limited_groups=1", f"model.top_k={min(m.top_k, experts)}")
+        yield _set(case, f"model.num_experts={experts}", *without_groups)
     if m.top_k > 1:
         yield _set(case, f"model.top_k={m.top_k // 2}")
 
