@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-
 # (step, layer, samples, the router's own select, score_TE) -> expert_TK: decides the routing. Samples are numbered on from step to step.
 Choose = Callable[[int, int, Sequence[int], Callable[[Tensor], Tensor], Tensor], Tensor]
 
