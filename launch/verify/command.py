@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from ...conf.errors import ConfigError
+from ...conf.errors import ConfigError, most_like
 from ...conf.schema import Config
 from ...parallel.optimizer import deepspeed_zero
 from ...train import cost, units
 from .. import exit_codes
-from . import certificate
+from . import autoep, certificate
 from .cases import USUAL, Case, Invalid, checked, composed, layouts, option_cases
-from .prove import Fault, Verdict, prove
+from .prove import Fault, Verdict, prove, prove_other
 from .shrink import shrink
 
 # On four processes, within a minute: the mechanisms that differ, once each.
@@ -33,6 +33,11 @@ SMOKE = (
     ("pp2edp2/interleaved_1f1b", ("train.recompute=[attention,experts]", "model.mtp_depth=1")),
     ("edp2ep2", ("precision=fp32", "optim.engine=deepspeed", "parallel.placement_interval=1")), ("pp2ep2", ("precision=bf16",)),
 )  # fmt: skip
+# Of `target=deepspeed`: what AutoEP knows, in the precision that it keeps.
+AUTOEP = (
+    "precision=fp32", "optim.z_loss_coef=0", "optim.sequence_balance_coef=0", "optim.bias_update_speed=0", "optim.warmup_steps=0",
+    "optim.decay=none",
+)  # fmt: skip
 _BYTES_LEFT = 0.8  # of the machine's free memory
 
 
@@ -40,7 +45,7 @@ _BYTES_LEFT = 0.8  # of the machine's free memory
 class Request:
     """`words`: settings of the configuration. `out`: where certificate.json goes."""
 
-    layouts: str = "smoke"
+    layouts: str = "smoke"  # of target=deepspeed: edp2ep2
     world: int = 8
     steps: int = 3
     seed: int = 0
@@ -67,6 +72,10 @@ def parse(words: Sequence[str], config_dir: str | None = None) -> Request:
             own[key] = Path(value)
         else:
             settings.append(word)
+    if own.get("target", "shoestring") not in ("shoestring", "deepspeed"):
+        raise ConfigError("target", own["target"], "must be shoestring or deepspeed", most_like(own["target"], ["shoestring", "deepspeed"]))
+    if own.get("target") == "deepspeed":
+        own.setdefault("layouts", "edp2ep2")
     return Request(**own, words=tuple(settings), config_dir=config_dir)
 
 
@@ -91,16 +100,18 @@ def verify(request: Request, *, fault: Fault | None = None, say: Callable[[str],
     say("      layout -> resumed on                      deviation of limit, what and where (time)")
     verdicts, smallest = [], {}
     with tempfile.TemporaryDirectory(prefix="shoestring-verify-") as folder:
-        for done, verdict in enumerate(run(valid, Path(folder), fault), 1):
+        proved = run(valid, Path(folder), fault) if request.target == "shoestring" else run_autoep(valid, Path(folder))
+        for done, verdict in enumerate(proved, 1):
             verdicts.append(verdict)
             say(f"{done:>3}/{len(valid)}  {certificate.row(verdict)}")
         for verdict in (v for v in verdicts if not v.passed):
             say(f"\nFAIL  {verdict.case.name}\n{certificate.details(verdict)}")
-            small = shrink(verdict.case, _still_fails(verdict, Path(folder) / "shrink", fault))
-            smallest[verdict.case.name] = small.command
-            say(f"  smallest that still fails: {small.command}")
+            if request.target == "shoestring":
+                small = shrink(verdict.case, _still_fails(verdict, Path(folder) / "shrink", fault))
+                smallest[verdict.case.name] = small.command
+                say(f"  smallest that still fails: {small.command}")
     verdicts.sort(key=lambda v: valid.index(v.case))
-    failed, seconds = len(smallest), time.monotonic() - began
+    failed, seconds = sum(not v.passed for v in verdicts), time.monotonic() - began
     content = certificate.certificate(config, verdicts, invalid, command_of(request), seconds, smallest)
     path = certificate.write(request.out, content)
     say(f"\n{len(verdicts) - failed} of {len(verdicts)} cases passed in {units.duration(seconds)}: {path}")
@@ -125,7 +136,12 @@ def base_words(request: Request) -> tuple[str, ...]:
     """The user's settings over the usual ones. A usual value that does not go with the user's gives way to the nearest that does."""
     given = {word.partition("=")[0].lstrip("+~") for word in request.words}
     batch = 2 * (4 if request.layouts == "smoke" else request.world) * 8
-    usual = [*USUAL, f"train.global_batch_tokens={batch}", f"train.steps={request.steps}", f"train.seed={request.seed}"]
+    usual = [
+        *together(USUAL, AUTOEP if request.target == "deepspeed" else ()),
+        f"train.global_batch_tokens={batch}",
+        f"train.steps={request.steps}",
+        f"train.seed={request.seed}",
+    ]
     usual.append(f"checkpoint.interval={max(1, request.steps - 1)}")
     if "experiment" in given:
         given |= {"model", "optim"}
@@ -143,6 +159,11 @@ def base_words(request: Request) -> tuple[str, ...]:
                 raise
             usual[at] = f"{error.field}={error.nearest}"
     return (*usual, *request.words)
+
+
+def together(*parts: Sequence[str]) -> list[str]:
+    """The words of all parts, of each setting only the last."""
+    return list({word.partition("=")[0]: word for part in parts for word in part}.values())
 
 
 def choose_cases(request: Request, base: tuple[str, ...]) -> Iterator[Case]:
@@ -175,6 +196,11 @@ def _check_memory(config: Config, world: int) -> None:
 
 
 # ---------------------------------------------------------------- side by side
+
+
+def run_autoep(cases: Sequence[Case], folder: Path) -> Iterator[Verdict]:
+    """DeepSpeed's expert parallelism in our place, one case after another."""
+    yield from (prove_other(case, folder / f"case{i}", autoep.train) for i, case in enumerate(cases))
 
 
 RESUME_ON = ("pp2ep2", "edp2ep2", "pp4", "pp2edp2", "ep4", "edp4", "pp2ep2/interleaved_1f1b", "ep2", "pp2", "edp2", "pp1")

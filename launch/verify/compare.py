@@ -35,7 +35,7 @@ class Limits:
         if kind in ("master", "ema"):
             return self.update
         own = {"grad": self.gradient, "exp_avg": self.gradient, "exp_avg_sq": 2 * self.gradient}
-        return own[kind] + self.drift * (step - 1) if kind in own else self.number + self.drift / 10 * (step - 1)
+        return own[kind] + self.drift * (step - 1) if kind in own else self.number + self.drift / 4 * (step - 1)
 
 
 LIMITS = {

@@ -19,12 +19,11 @@ from torch import Tensor
 from ...conf.phases import num_steps
 from ...conf.schema import Config, ModelConfig, OptimConfig, YarnConfig
 from ...train.interop.hf_format import weight_shapes
-from .evidence import Evidence, Step
+from .evidence import Choose, Evidence, Step
 from .plain_optimizer import Optimizer, learning_rate
 
 Weights = Mapping[str, Tensor]
 Select = Callable[[Tensor], Tensor]  # score_TE -> expert_TK
-Choose = Callable[[int, int, list[int], Select, Tensor], Tensor]
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the model's epsilon: as in the released code
 

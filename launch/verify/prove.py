@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...conf.compose import to_yaml
-from ...conf.schema import Config
+from ...conf.schema import Config, ConfigError
 from ...train.checkpoint.checkpointer import read_extra
 from ...train.data.corpus import open_corpus
 from ...train.interop.hf import HFError, export, load_pretrained
@@ -74,10 +74,23 @@ def prove(case: Case, resume_on: str, folder: Path, fault: Fault | None = None) 
         return Verdict(case=case, seconds=time.monotonic() - began, error=str(error).strip(), resumed_on=resume_on)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    broken = sorted((d for d in deviations if not d.passed), key=lambda d: -d.share)
-    return Verdict(
-        case=case, seconds=time.monotonic() - began, worst=worst(deviations), broken=broken, resumed_on=resume_on, notes=notes
-    )  # fmt: skip
+    return _verdict(case, began, deviations, notes, resume_on)
+
+
+def prove_other(case: Case, folder: Path, train: Callable[..., Evidence]) -> Verdict:
+    """Another system's session: `train(config, first, rows, choose) -> Evidence`. It is neither resumed nor exported."""
+    began, config = time.monotonic(), in_folder(case.config(), folder)
+    known, limits, notes = reference(config, case.routing, folder.parent / "references"), limits_of(config), []
+    session = lambda choose: train(config, first_of(config), rows_of(config), choose)
+    try:
+        evidence = session(known.choose)
+        if known.choose is None and (ties := near_ties(evidence, known.evidence, limits)):
+            notes.append(_told(ties))
+            evidence = session(known.trace)
+    except (RankFailed, ConfigError) as error:
+        return Verdict(case=case, seconds=time.monotonic() - began, error=str(error).strip())
+    deviations = list(compare(evidence, known.evidence, limits, config.model.num_experts))
+    return _verdict(case, began, deviations, notes)
 
 
 def in_folder(config: Config, folder: Path) -> Config:
@@ -92,8 +105,7 @@ def _prove(case: Case, config: Config, resume_on: str, folder: Path, fault: Faul
     views = observe.run(config, choose, fault)
     evidence = observe.gather(views, config)
     if choose is None and (ties := near_ties(evidence, known.evidence, limits)):
-        more = f" and {len(ties) - 3} more" * (len(ties) > 3)
-        notes.append(f"near-tie, so the reference's choice was replayed: {'; '.join(ties[:3])}{more}")
+        notes.append(_told(ties))
         choose = known.trace
         shutil.rmtree(config.run_dir)
         views = observe.run(config, choose, fault)
@@ -103,6 +115,17 @@ def _prove(case: Case, config: Config, resume_on: str, folder: Path, fault: Faul
     deviations += _resume(case, config, resume_on, folder, evidence, views, known, choose, limits, fault)
     deviations += _export(config, folder, known, limits, notes)
     return deviations, notes
+
+
+def _verdict(case: Case, began: float, deviations: list[Deviation], notes: list[str], resumed_on: str = "") -> Verdict:
+    broken = sorted((d for d in deviations if not d.passed), key=lambda d: -d.share)
+    seconds = time.monotonic() - began
+    return Verdict(case=case, seconds=seconds, worst=worst(deviations), broken=broken, resumed_on=resumed_on, notes=notes)
+
+
+def _told(ties: list[str]) -> str:
+    more = f" and {len(ties) - 3} more" * (len(ties) > 3)
+    return f"near-tie, so the reference's choice was replayed: {'; '.join(ties[:3])}{more}"
 
 
 def limits_of(config: Config) -> Limits:
