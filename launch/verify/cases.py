@@ -27,6 +27,8 @@ USUAL = (
     "optim.eps=1e-6", "optim.z_loss_coef=1e-3", "optim.sequence_balance_coef=1e-2", "optim.bias_update_speed=1e-2",
     "checkpoint.keep_last=1000", "checkpoint.async_save=false",
 )  # fmt: skip
+CONFIG_DIR = "--config-dir="  # a word like the others, so that a case's words are its whole configuration
+
 # Each value of each of these meets each value of every other in some case, as far as they can go together.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "layout": ("pp2edp2ep2", "pp4ep2", "edp4ep2", "ep8", "pp2edp2ep2/interleaved_1f1b"),
@@ -79,7 +81,8 @@ class Invalid:
 
 @functools.cache
 def composed(words: tuple[str, ...]) -> Config:
-    return load(words)
+    folders = [word.removeprefix(CONFIG_DIR) for word in words if word.startswith(CONFIG_DIR)]
+    return load([word for word in words if not word.startswith(CONFIG_DIR)], *folders)
 
 
 def changed(config: Config, words: Sequence[str]) -> Config:

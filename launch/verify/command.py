@@ -23,7 +23,7 @@ from ...parallel.optimizer import deepspeed_zero
 from ...train import cost, units
 from .. import exit_codes
 from . import autoep, certificate
-from .cases import USUAL, Case, Invalid, checked, composed, layouts, option_cases
+from .cases import CONFIG_DIR, USUAL, Case, Invalid, checked, composed, layouts, option_cases
 from .prove import Fault, Verdict, prove, prove_other
 from .shrink import shrink
 
@@ -134,20 +134,17 @@ def command_of(request: Request) -> str:
 
 def base_words(request: Request) -> tuple[str, ...]:
     """The user's settings over the usual ones. A usual value that does not go with the user's gives way to the nearest that does."""
-    given = {word.partition("=")[0].lstrip("+~") for word in request.words}
-    batch = 2 * (4 if request.layouts == "smoke" else request.world) * 8
-    usual = [
-        *together(USUAL, AUTOEP if request.target == "deepspeed" else ()),
-        f"train.global_batch_tokens={batch}",
-        f"train.steps={request.steps}",
-        f"train.seed={request.seed}",
-    ]
-    usual.append(f"checkpoint.interval={max(1, request.steps - 1)}")
-    if "experiment" in given:
-        given |= {"model", "optim"}
-    usual = [word for word in usual if word.partition("=")[0] not in given]
+    given = {word.partition("=")[0].lstrip("+~"): word.partition("=")[2] for word in request.words}
+    seq_len = int(given["data.seq_len"]) if given.get("data.seq_len", "").isdecimal() else 8
+    batch = 2 * (4 if request.layouts == "smoke" else request.world) * seq_len
+    asked = [f"train.global_batch_tokens={batch}", f"train.steps={request.steps}", f"train.seed={request.seed}"]
+    before_last = f"checkpoint.interval={max(1, request.steps - 1)}"
+    usual = together(USUAL, AUTOEP if request.target == "deepspeed" else (), asked, [before_last])
+    own = ("model=", "optim.") if "experiment" in given else ()  # an experiment has its own
+    usual = [word for word in usual if word.partition("=")[0] not in given and not word.startswith(own)]
+    given_words = (*request.words, *([f"{CONFIG_DIR}{request.config_dir}"] if request.config_dir else []))
     for _ in range(8):
-        words = (*usual, *request.words)
+        words = (*usual, *given_words)
         try:
             if composed(words).phases:
                 rule = "a run of several phases is not proved as a whole: name the model and the settings of the phase instead"
@@ -158,7 +155,7 @@ def base_words(request: Request) -> tuple[str, ...]:
             if at is None or error.nearest is None:
                 raise
             usual[at] = f"{error.field}={error.nearest}"
-    return (*usual, *request.words)
+    return (*usual, *given_words)
 
 
 def together(*parts: Sequence[str]) -> list[str]:

@@ -40,7 +40,7 @@ class Limits:
 
 LIMITS = {
     "fp64": Limits(number=1e-11, gradient=1e-10, update=1e-7, drift=0.0, tie=1e-12),
-    "fp32": Limits(number=2e-6, gradient=1e-5, update=2e-3, drift=1e-5, tie=1e-5),
+    "fp32": Limits(number=2e-6, gradient=1e-5, update=2e-3, drift=2e-5, tie=1e-5),
     # BF16 is part of the algorithm: moments that are kept in it, and Muon's orthogonalisation, which is computed in it
     "fp32 with bf16 inside": Limits(number=2e-6, gradient=1e-5, update=0.2, drift=3e-3, tie=1e-5),
     "bf16": Limits(number=1e-3, gradient=2e-2, update=0.5, drift=5e-2, tie=2e-2),
