@@ -33,7 +33,7 @@ class Mesh:
     column: list[int]
     dense: dist.ProcessGroup  # replicas of dense weights: the dp ranks of this pipeline rank
     expert: dist.ProcessGroup  # replicas of this rank's experts
-    ep: dict[str, dist.ProcessGroup]  # token exchange, one per direction
+    ep: dict[str, dist.ProcessGroup]  # token exchange, one per direction; none where nobody exchanges
     flows: dict[Flow, dist.ProcessGroup]  # pipeline sends
     legs: list[int]  # of the boundary between stages s and s + 1
     embed: dist.ProcessGroup | None  # replicas of an embedding on both ends: dp ranks of the first and of the last stage
@@ -81,7 +81,7 @@ class Mesh:
             column=columns[edp_rank * p.ep + ep_rank],
             dense=mine(dp_ranks),
             expert=mine([[at(s, d, e) for d in range(p.edp)] for s in range(p.pp) for e in range(p.ep)]),
-            ep={direction: mine(ep_ranks) for direction in "FB"} if p.ep > 1 else {},
+            ep={direction: mine(ep_ranks) for direction in "FB"} if p.ep > 1 or p.dispatcher == "alltoall" else {},
             flows={(kind, leg): mine(columns) for kind in "FB" for leg in sorted(set(legs))},
             embed=mine([dp_ranks[first] + dp_ranks[last]]) if embeds_at_head and first != last else None,
         )

@@ -146,6 +146,8 @@ def checked(cases: Sequence[Case]) -> tuple[list[Case], list[Invalid]]:
             case.config()
             valid.append(case)
         except ConfigError as error:
+            if error.field == "layouts":  # no layout at all
+                raise
             invalid.append(Invalid(name=case.name, why=str(error)))
     return valid, invalid
 
