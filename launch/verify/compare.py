@@ -71,7 +71,8 @@ class Deviation:
 
     def __str__(self) -> str:
         bound = f"limit {self.limit:.0e}" if self.limit else "must be equal"
-        return f"{self.quantity} of {self.where}: {self.value:.1e} ({bound})"
+        value = f"{self.value:.0f}" if not self.limit and self.value.is_integer() else f"{self.value:.1e}"
+        return f"{self.quantity} of {self.where}: {value} ({bound})"
 
 
 def worst(deviations: list[Deviation]) -> Deviation:

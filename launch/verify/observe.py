@@ -8,11 +8,13 @@ L MoE layers   E experts   N samples of a step   S sequence length   K top-k
 import contextlib
 import hashlib
 import io
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...conf.schema import Config
@@ -46,7 +48,8 @@ class Seen:
     grads: Pieces
     state: Pieces
     weights: dict[str, tuple[int, torch.dtype, int, str]]  # of each parameter held: offset, dtype, elements, digest
-    rng: str  # a digest
+    biases: str  # a digest, as the next
+    rng: str
 
 
 @dataclass(kw_only=True)
@@ -94,9 +97,8 @@ class Recorder(Watch):
         }  # fmt: skip
         state = Pieces.of(engine, engine.chunks(saving=True))
         weights = {s.name: (s.offset, s.param.dtype, s.param.numel(), digest(s.param.detach())) for s in engine.optimizer.specs.values()}
-        self.view.steps.append(
-            Seen(numbers=numbers, loads_LE=r.loads, grads=self._grads, state=state, weights=weights, rng=digest(torch.get_rng_state()))
-        )
+        digests = {"biases": digest(engine.biases), "rng": digest(torch.get_rng_state())}
+        self.view.steps.append(Seen(numbers=numbers, loads_LE=r.loads, grads=self._grads, state=state, weights=weights, **digests))
 
 
 def digest(tensor: Tensor) -> str:
@@ -114,6 +116,7 @@ def run(config: Config, choose: Choose | None = None, fault: Callable[[], None] 
 def _rank(config: Config, choose: Choose | None, fault: Callable[[], None] | None) -> View:
     if fault is not None:
         fault()
+    torch.manual_seed(zlib.crc32(f"{config.run_dir} {dist.get_rank()}".encode()))  # forks have the same: what is not restored shows
     recorder = Recorder(config, choose)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.run(config, torch.device("cpu"), log=lambda line: None, watch=recorder)
@@ -157,6 +160,8 @@ def _agree(seen: Sequence[Seen], when: str, faults: list[str]) -> None:
                 faults.append(f"{name} {when} is {seen[0].numbers[name]!r} on rank 0 and {value!r} on rank {rank}")
         if not torch.equal(s.loads_LE, seen[0].loads_LE):
             faults.append(f"expert loads {when} differ between rank 0 and rank {rank}")
+        if s.biases != seen[0].biases:
+            faults.append(f"selection biases {when} differ between rank 0 and rank {rank}")
 
 
 def _whole(of_ranks: list[Pieces], when: str, faults: list[str]) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, int, int]]]]:

@@ -22,7 +22,7 @@ from ...train.data.corpus import open_corpus
 from ...train.interop.hf import HFError, export, load_pretrained
 from ...train.interop.hf_format import weight_shapes
 from ...train.model.decoder import DTYPES, initial_weight
-from ..local import RankFailed
+from ..local import RankFailed, fork_ranks
 from . import observe, plain
 from .cases import Case, changed
 from .compare import LIMITS, Deviation, Limits, compare, near_ties, resumed, worst
@@ -113,7 +113,7 @@ def _prove(case: Case, config: Config, resume_on: str, folder: Path, fault: Faul
     deviations = list(compare(evidence, known.evidence, limits, config.model.num_experts))
     deviations += _positions(views, config)
     deviations += _resume(case, config, resume_on, folder, evidence, views, known, choose, limits, fault)
-    deviations += _export(config, folder, known, limits, notes)
+    deviations += _export(config, folder, known, limits, notes, fault)
     return deviations, notes
 
 
@@ -163,7 +163,7 @@ def _make_reference(alone: Config, routing: str, folder: Path) -> tuple[Evidence
     evidence = observe.gather(observe.run(config, replay(trace)), config)
     logits = _exported_logits(config, folder)
     shutil.rmtree(folder)
-    return evidence, trace, logits, True
+    return evidence, trace, None if isinstance(logits, str) else logits, True
 
 
 def rows_of(config: Config) -> list[Tensor]:
@@ -224,17 +224,20 @@ def _resume(
     continued = Evidence(first=known.evidence.first, steps=again.steps, owners=again.owners, faults=again.faults)
     for d in compare(continued, tail, limits, config.model.num_experts, first_step=before + 1):
         found.append(dataclasses.replace(d, quantity=f"resumed {d.quantity}", where=f"{d.where}, on {layout}"))
+    for fault_found in observe.read_twice_or_never(later, resumed_config):
+        found.append(Deviation(quantity="resumed data position", where=f"{fault_found}, on {layout}", value=float("inf"), limit=0.0))
     for view, saved in zip(later, views):
         if view.rng != saved.steps[before - 1].rng:
             found.append(Deviation(quantity="random state", where=f"rank {view.rank} {where}", value=float("inf"), limit=0.0))
     return found
 
 
-def _export(config: Config, folder: Path, known: Reference, limits: Limits, notes: list[str]) -> list[Deviation]:
-    try:
-        logits = _exported_logits(config, folder)
-    except HFError as error:
-        notes.append(f"not exported: {error}")
+def _export(
+    config: Config, folder: Path, known: Reference, limits: Limits, notes: list[str], fault: Fault | None
+) -> list[Deviation]:  # fmt: skip
+    logits = _exported_logits(config, folder, fault)
+    if isinstance(logits, str):
+        notes.append(f"not exported: {logits}")
         return []
     if known.logits is None:
         return []
@@ -242,9 +245,21 @@ def _export(config: Config, folder: Path, known: Reference, limits: Limits, note
     return [Deviation(quantity="exported logits", where="after the last step", value=value, limit=limits.update)]
 
 
-def _exported_logits(config: Config, folder: Path) -> Tensor:
-    """Of the first samples, by the model as exported and read again. FP64."""
+def _exported_logits(config: Config, folder: Path, fault: Fault | None = None) -> Tensor | str:
+    """Of the first samples, by the model as exported and read again, FP64; or why it cannot be exported."""
     out = folder / "exported"
-    export(config.run_dir, out)
+    (refused,) = fork_ranks(1, _exported, config.run_dir, out, fault)
+    if refused:
+        return refused
     model = load_pretrained(out, dtype=config.precision.compute)
     return model(tokens_of(config, rows_of(config))).double()
+
+
+def _exported(run_dir: str, out: Path, fault: Fault | None) -> str:
+    if fault is not None:
+        fault()
+    try:
+        export(run_dir, out)
+    except HFError as error:
+        return str(error)
+    return ""
