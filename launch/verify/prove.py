@@ -53,6 +53,10 @@ class Verdict:
     def passed(self) -> bool:
         return not self.broken and not self.error
 
+    def fails_like(self, other: "Verdict") -> bool:
+        """In a quantity that `other` fails in too; or raised, as it did."""
+        return bool(self.error and other.error) or not {d.quantity for d in self.broken}.isdisjoint(d.quantity for d in other.broken)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:

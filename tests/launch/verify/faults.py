@@ -328,8 +328,8 @@ def chunks_of_an_interleaved_schedule_swapped():
 
     @instead_of(engine, "stage_layers")
     def stage_layers(right, config):
-        first, second, third, last = right(config)
-        return [first, third, second, last]
+        stages = right(config)
+        return [*stages[:1], *reversed(stages[1:-1]), *stages[1:][-1:]]
 
 
 # ---------------------------------------------------------------- the update
