@@ -122,7 +122,7 @@ def norm_with_a_tied_embedding_twice():
 # ---------------------------------------------------------------- gradients and their scale
 
 
-@mistake("ep2", caught_by=r"gradient of layers\.1\.experts\.(gate_up|down) of expert \d+, step 1")
+@mistake("ep2", caught_by=r"gradient of layers\.\d\.experts\.(gate_up|down) of expert \d+, step 1")
 def expert_gradients_times_ep():
     """Who divides dense gradients by the number of data-parallel ranks, and forgets that an expert has seen all their tokens."""
 

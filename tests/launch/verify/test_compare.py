@@ -103,8 +103,9 @@ def test_noise_about_zero_is_no_mistake():
     """Where the reference is zero but for rounding, there is nothing to measure by."""
     want = session(scales=(1.0, 1e-17, 1.0, 1.0, 1.0))
     assert not broken(changed(want, 1, "layers.0.attn_norm.grad", lambda t: t.mul_(-3)), want)
-    idle = changed(want, 1, "layers.1.experts.down.grad", lambda t: t[:24].mul_(1e-17))
-    assert not broken(changed(idle, 1, "layers.1.experts.down.grad", lambda t: t[:24].mul_(-3)), idle)
+    for kind in ("grad", "exp_avg", "exp_avg_sq"):
+        idle = changed(want, 1, f"layers.1.experts.down.{kind}", lambda t: t[:24].mul_(1e-17))
+        assert not broken(changed(idle, 1, f"layers.1.experts.down.{kind}", lambda t: t[:24].mul_(-3)), idle)
 
 
 @pytest.mark.parametrize(
