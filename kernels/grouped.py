@@ -7,6 +7,7 @@ them a new shape for every expert in every step (measured: bf16 eight times slow
 R rows, padding included   e experts on this rank   I input dim   O output dim
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,10 @@ class RowGroups:
         return cls(sizes=sizes, ends_e=torch.tensor(sizes, device=device).cumsum(0).to(torch.int32))
 
 
-def row_alignment(dtype: torch.dtype) -> int:
-    """Rows of each expert are padded to a multiple of this."""
+def row_alignment(dtype: torch.dtype, *, fp8: bool = False) -> int:
+    """Rows of each expert are padded to a multiple of this. `fp8`: products are made in FP8, of blocks of 128 rows."""
+    if fp8:
+        return 128
     return 32 if dtype == torch.bfloat16 else 16
 
 
@@ -54,19 +57,27 @@ def _add_weight_grad(main_eOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, groups:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RI, weight_eOI, groups, store):
-        ctx.save_for_backward(rows_RI)
-        ctx.weight, ctx.groups, ctx.store = weight_eOI, groups, store
+    def forward(ctx, rows_RI, weight_eOI, groups, store, again):
+        if again is None:
+            ctx.save_for_backward(rows_RI)
+        ctx.weight, ctx.groups, ctx.store, ctx.again = weight_eOI, groups, store, again
         return _grouped_mm(rows_RI, weight_eOI.transpose(1, 2), groups)
 
     @staticmethod
     def backward(ctx, grad_RO):
-        (rows_RI,), weight, groups = ctx.saved_tensors, ctx.weight, ctx.groups
+        (rows_RI,), weight, groups = (ctx.again(),) if ctx.again else ctx.saved_tensors, ctx.weight, ctx.groups
         grad_RO = grad_RO.contiguous()
         ctx.store.append(lambda: _add_weight_grad(weight.main_grad, grad_RO, rows_RI, groups))
-        return _grouped_mm(grad_RO, weight, groups), None, None, None
+        return _grouped_mm(grad_RO, weight, groups), None, None, None, None
 
 
-def grouped_linear(rows_RI: Tensor, weight_eOI: Tensor, groups: RowGroups, store: WeightGradStore) -> Tensor:
-    """(R, I), (e, O, I) -> (R, O). Backward leaves the weight's gradient to `store`, as `linear` does. R may be 0."""
-    return _GroupedLinear.apply(rows_RI, weight_eOI, groups, store)
+def grouped_linear(
+    rows_RI: Tensor,
+    weight_eOI: Tensor,
+    groups: RowGroups,
+    store: WeightGradStore,
+    *,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """(R, I), (e, O, I) -> (R, O). Backward leaves the weight's gradient to `store`, as `linear` does, which has `again`. R may be 0."""
+    return _GroupedLinear.apply(rows_RI, weight_eOI, groups, store, again)

@@ -1,8 +1,7 @@
 """The kernels as one rank uses them: bound to its weight-gradient store, to whether elementwise arithmetic is compiled, and to what is
 recomputed in backward."""
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ from .cross_entropy import linear_cross_entropy
 from .embedding import embedding
 from .grouped import RowGroups, grouped_linear
 from .linear import linear
-from .recompute import discard, recomputed
+from .recompute import discard
 from .rms_norm import rms_norm
 from .rotary import rotate
 from .swiglu import swiglu
@@ -23,15 +22,16 @@ from .weight_grad import WeightGradStore
 class Ops:
     """Each method is the kernel of that name, in the file of that name, which has the shapes.
 
-    `recompute`: names of what `recomputed` and `discard` act on; they do nothing for others.
+    `recompute`: names of what `again` and `discard` act on; they do nothing for others.
     """
 
     store: WeightGradStore = field(default_factory=WeightGradStore)
     compiled: bool = False
     recompute: frozenset[str] = frozenset()
 
-    def recomputed(self, name: str, made: Sequence[Tensor], by: Callable[[], Sequence[Tensor]]) -> contextlib.AbstractContextManager:
-        return recomputed(made, by) if name in self.recompute and torch.is_grad_enabled() else contextlib.nullcontext()
+    def again(self, name: str, by: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        """`by`, as argument `again` of a kernel, where `name` is recomputed; else None."""
+        return by if name in self.recompute else None
 
     def discard(self, name: str, tensor: Tensor) -> None:
         if name in self.recompute and torch.is_grad_enabled():
@@ -40,11 +40,27 @@ class Ops:
     def embedding(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
         return embedding(tokens_T, weight_VD, self.store)
 
-    def linear(self, rows_RI: Tensor, weight_OI: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
-        return linear(rows_RI, weight_OI, self.store, compute_dtype)
+    def linear(
+        self, rows_RI: Tensor, weight_OI: Tensor, *, power_of_two: bool = False, again: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        return linear(rows_RI, weight_OI, self.store, again=again)
 
-    def grouped_linear(self, rows_RI: Tensor, weight_eOI: Tensor, groups: RowGroups) -> Tensor:
-        return grouped_linear(rows_RI, weight_eOI, groups, self.store)
+    def plain_linear(
+        self, rows_RI: Tensor, weight_OI: Tensor, compute_dtype: torch.dtype | None = None, *, again: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """`linear`, never in FP8: what the recipe leaves out."""
+        return linear(rows_RI, weight_OI, self.store, compute_dtype, again=again)
+
+    def grouped_linear(
+        self,
+        rows_RI: Tensor,
+        weight_eOI: Tensor,
+        groups: RowGroups,
+        *,
+        power_of_two: bool = False,
+        again: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        return grouped_linear(rows_RI, weight_eOI, groups, self.store, again=again)
 
     def cross_entropy(self, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, scale: float) -> Tensor:
         return linear_cross_entropy(x_TD, weight_VD, target_T, scale, self.store, compiled=self.compiled)

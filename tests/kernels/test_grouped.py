@@ -52,3 +52,12 @@ def test_groups():
 def test_alignment_is_whole_16_byte_units():
     for dtype in (torch.float32, torch.bfloat16):
         assert row_alignment(dtype) * dtype.itemsize % 16 == 0
+
+
+def test_rows_made_again_are_not_kept(kit, leaf):
+    rows, other, weight, grad = kit.randn(5, 16), kit.randn(5, 16), kit.param(2, 24, 16), kit.randn(5, 24)
+    out = grouped_linear(leaf(rows), weight, RowGroups.of([2, 3]), kit.store, again=lambda: other)
+    assert not out.grad_fn.saved_tensors
+    out.backward(grad)
+    assert kit.run_closures() == 1
+    kit.check(weight.main_grad, torch.stack([g.double().t() @ o.double() for g, o in zip(grad.split([2, 3]), other.split([2, 3]))]))

@@ -49,3 +49,14 @@ def test_no_input_gradient_where_none_is_wanted(kit):
     x, weight = kit.randn(4, 6), kit.param(5, 6)
     linear(x, weight, kit.store).sum().backward()
     assert x.grad is None and len(kit.store) == 1
+
+
+def test_rows_made_again_are_not_kept(kit, leaf):
+    """`again` runs once, in backward, and the weight's gradient is of what it makes: here something else, which tells them apart."""
+    rows, other, weight, grad = kit.randn(11, 6), kit.randn(11, 6), kit.param(7, 6), kit.randn(11, 7)
+    made = []
+    out = linear(leaf(rows), weight, kit.store, again=lambda: made.append(1) or other)
+    assert not out.grad_fn.saved_tensors and not made
+    out.backward(grad)
+    assert made == [1] and kit.run_closures() == 1
+    kit.check(weight.main_grad, grad.double().t() @ other.double())

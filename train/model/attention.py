@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ...conf.schema import ModelConfig
 from ...kernels.attention import Heads, causal_attention
 from ...kernels.ops import Ops
-from ...kernels.recompute import recomputed
 from .rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # of the norms on the latents, whatever the model's norm_eps: as released
@@ -39,8 +38,7 @@ class Attention(nn.Module):
         mixed_BHSV = causal_attention(*self._heads(*parts, turns_SP, ops), self.scale, again=again)
         merged = lambda mixed_BHSV: mixed_BHSV.transpose(1, 2).reshape(len(x_TD), -1)
         rows_TO, kept = merged(mixed_BHSV), mixed_BHSV.detach()  # which the attention keeps for its own backward
-        with recomputed([rows_TO], lambda: [merged(kept)]):
-            return ops.linear(rows_TO, self.out)
+        return ops.linear(rows_TO, self.out, power_of_two=True, again=lambda: merged(kept))
 
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, turns_SP: Tensor, ops: Ops) -> Heads:
         """Queries, keys and values of all heads, (B, H, S, .), from the three parts of `qkv_a`'s output."""
@@ -65,5 +63,4 @@ def norm_linear(x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, ops
     """A norm and the one projection that reads it. Under recompute "norm", what is between them is not kept."""
     norm = lambda x_TI: ops.rms_norm(x_TI, norm_I, eps)
     unit_TI, kept = norm(x_TI), x_TI.detach()
-    with ops.recomputed("norm", [unit_TI], lambda: [norm(kept)]):
-        return ops.linear(unit_TI, weight_OI)
+    return ops.linear(unit_TI, weight_OI, again=ops.again("norm", lambda: norm(kept)))

@@ -52,8 +52,8 @@ class Block(nn.Module):
 
     def feed_forward(self, h_TD: Tensor, u_TD: Tensor, mlp: MLP | None, ops: Ops) -> Tensor:
         """h + mlp(u). Under recompute "norm" nobody keeps u = norm(h): this is the last to read it."""
-        with ops.recomputed("norm", [u_TD], lambda: [self.unit(h_TD.detach(), ops)]):
-            y_TD = h_TD + mlp(u_TD, ops) if mlp else h_TD
+        again = ops.again("norm", lambda: self.unit(h_TD.detach(), ops))
+        y_TD = h_TD + mlp(u_TD, ops, again=again) if mlp else h_TD
         ops.discard("norm", u_TD)
         return y_TD
 
@@ -73,7 +73,7 @@ class PredictionBlock(Block):
     def enter(self, unit_TD: Tensor, known_TD: Tensor, ops: Ops) -> Tensor:
         """The head's input and the next token's embedding, each normed, into the block's input."""
         known, seen = ops.rms_norm(known_TD, self.embed_norm, self.m.norm_eps), ops.rms_norm(unit_TD, self.hidden_norm, self.m.norm_eps)
-        return ops.linear(torch.cat([known, seen], 1), self.merge)
+        return ops.plain_linear(torch.cat([known, seen], 1), self.merge)  # the released FP8 weights leave it out, too
 
 
 class Stage(nn.Module):
@@ -126,7 +126,7 @@ class Stage(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) in the weights' dtype. Last stage only."""
-        return self.ops.linear(self.ops.rms_norm(x_TD, self.norm, self.m.norm_eps), self.head_weight)
+        return self.ops.plain_linear(self.ops.rms_norm(x_TD, self.norm, self.m.norm_eps), self.head_weight)
 
     @property
     def store(self) -> WeightGradStore:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ...conf.schema import ModelConfig
 from ...kernels.grouped import RowGroups
 from ...kernels.ops import Ops
-from ...kernels.recompute import recomputed
 from ...parallel.dispatch import Routing
 
 
@@ -102,9 +101,7 @@ class Router(nn.Module):
 def _gate(u_TD: Tensor, weight_ED: Tensor, ops: Ops, again: Callable[[], Tensor]) -> Tensor:
     """Logits in FP32 or wider, whatever the dtype of tokens and weight. A wide copy of the tokens is not kept."""
     wide = torch.promote_types(u_TD.dtype, torch.float32)
-    wide_TD = u_TD.to(wide)
-    with recomputed([wide_TD], lambda: [again().to(wide)]):
-        return ops.linear(wide_TD, weight_ED, compute_dtype=wide)
+    return ops.plain_linear(u_TD.to(wide), weight_ED, wide, again=lambda: again().to(wide))
 
 
 def sequence_balance_loss(score_TE: Tensor, expert_TK: Tensor, seq_len: int) -> Tensor:
@@ -134,11 +131,11 @@ class MLP(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * hidden_dim, dim, dtype=dtype))
         self.down = nn.Parameter(torch.empty(dim, hidden_dim, dtype=dtype))
 
-    def forward(self, u_TD: Tensor, ops: Ops) -> Tensor:
-        gate_up = ops.linear(u_TD, self.gate_up)
+    def forward(self, u_TD: Tensor, ops: Ops, *, again: Callable[[], Tensor] | None = None) -> Tensor:
+        """`again`: makes `u_TD` for backward, where nobody keeps it."""
+        gate_up = ops.linear(u_TD, self.gate_up, again=again)
         hidden, kept = ops.swiglu(gate_up), gate_up.detach()
-        with ops.recomputed("swiglu", [hidden], lambda: [ops.swiglu(kept)]):
-            return ops.linear(hidden, self.down)
+        return ops.linear(hidden, self.down, again=ops.again("swiglu", lambda: ops.swiglu(kept)))
 
 
 class Experts(nn.Module):
@@ -150,10 +147,9 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local, dim, hidden_dim, dtype=dtype))
 
     def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, ops: Ops) -> Tensor:
-        gate_up = ops.grouped_linear(rows_RD, self.gate_up, groups)
+        gate_up = ops.grouped_linear(rows_RD, self.gate_up, groups, power_of_two=True)  # they were dispatched
         hidden_RF, kept = ops.swiglu(gate_up, weight_R), (gate_up.detach(), weight_R.detach())
-        with ops.recomputed("swiglu", [hidden_RF], lambda: [ops.swiglu(*kept)]):
-            return ops.grouped_linear(hidden_RF, self.down, groups)
+        return ops.grouped_linear(hidden_RF, self.down, groups, again=ops.again("swiglu", lambda: ops.swiglu(*kept)))
 
 
 @dataclass(kw_only=True)
