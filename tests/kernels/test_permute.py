@@ -1,9 +1,15 @@
 """Rows by index, -1 for a row of zeros; and the sum of each token's copies: each the other's transpose."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shoestring.kernels.permute import permute, sum_copies
+from shoestring.kernels import permute as module
+from shoestring.kernels.permute import permute, permute_quantised, sum_copies
+from shoestring.kernels.quantise import Quantised, dequantise_rows, quantise_rows
+from torch._subclasses import FakeTensorMode
+
+from .triton_interpreter import interpreted
 
 
 @given(st.data())
@@ -45,3 +51,80 @@ def test_they_are_transposes():
     x, rows = torch.randn(4, 5, dtype=torch.float64, generator=generator), torch.randn(12, 5, dtype=torch.float64, generator=generator)
     there = permute(x, copy_of_R.div(2, rounding_mode="floor"))
     torch.testing.assert_close((there * rows).sum(), (x * sum_copies(rows, row_of_TK)).sum())
+
+
+def bits(t):
+    return t.contiguous().view(torch.uint8)
+
+
+ROWS = {  # rows there are, and which are wanted
+    "holes, repeats, more rows than a program has": (7, [3, -1, 0, 0, 6, -1, 5, 2, 1]),
+    "one row": (1, [0]),
+    "padding only": (3, [-1, -1]),
+    "nothing wanted": (3, []),
+}
+
+
+@pytest.mark.parametrize("dim", [128, 200, 2304])  # one scale; a ragged last one; more than one program's columns
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_quantised_rows_are_the_cast_of_permuted_rows(rows, dim):
+    """A row's scales are its own, so gathering and casting change places; but a padding row has scale 0, not the floor's."""
+    number, wanted = rows
+    x, row_of = torch.randn(number, dim) * 10.0 ** torch.arange(number)[:, None], torch.tensor(wanted, dtype=torch.int64)
+    out, cast = permute_quantised(quantise_rows(x), row_of), quantise_rows(permute(x, row_of))
+    assert torch.equal(bits(out.codes), bits(cast.codes))
+    assert torch.equal(out.scales, cast.scales * (row_of >= 0))
+    assert torch.equal(dequantise_rows(out, torch.float32), dequantise_rows(cast, torch.float32))
+    with interpreted():
+        codes, scales = module.permute_triton(quantise_rows(x).codes, row_of), module.permute_scales_triton(quantise_rows(x).scales, row_of)
+    assert torch.equal(bits(codes), bits(out.codes)) and torch.equal(scales, out.scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_permute_kernel(rows, dtype):
+    number, wanted = rows
+    x, row_of = torch.randn(number, 1100).to(dtype), torch.tensor(wanted, dtype=torch.int64)
+    with interpreted():
+        assert torch.equal(module.permute_triton(x, row_of), permute(x, row_of))
+
+
+def test_not_a_number_stays_where_it_is():
+    """A hole is zero even where the row that stands in for it is not finite; a row that is not finite arrives so."""
+    x, row_of = torch.full((2, 4), torch.nan), torch.tensor([-1, 1])
+    assert torch.equal(permute(x, row_of).isnan(), torch.tensor([[False] * 4, [True] * 4]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 8, 520), (1, 1, 16), (3, 3, 24), (0, 2, 8)])  # a second program; one row; odd top-k; no token
+def test_weighted_sums_and_the_kernel(shape, dtype, weighted):
+    tokens, top_k, dim = shape
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tokens * top_k + 3, dim, generator=generator).to(dtype)
+    row_of_TK = torch.randperm(tokens * top_k + 3, generator=generator)[: tokens * top_k].view(tokens, top_k)
+    weight_TK = torch.rand(tokens, top_k, generator=generator) if weighted else None
+    wanted = (rows.double()[row_of_TK] * (1 if weight_TK is None else weight_TK.double()[:, :, None])).sum(1)
+    with interpreted():
+        by_kernel = module.sum_copies_triton(rows, row_of_TK, weight_TK)
+    for out in (sum_copies(rows, row_of_TK, weight_TK), by_kernel):
+        assert out.dtype == dtype and out.shape == (tokens, dim)
+        half_a_bit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-24  # rounded once
+        assert ((out.double() - wanted).abs() <= half_a_bit * wanted.abs() + 2e-6).all()
+
+
+def test_fake_tensors_have_the_same_shapes():
+    q, row_of = quantise_rows(torch.randn(4, 200)), torch.tensor([1, -1, 3])
+    with FakeTensorMode() as mode:
+        codes, scales, fake_row_of = map(mode.from_tensor, (q.codes, q.scales, row_of))
+        fake = permute_quantised(Quantised(codes, scales), fake_row_of)
+        summed = sum_copies(torch.empty(4, 200, dtype=torch.bfloat16), torch.empty(3, 2, dtype=torch.int64))
+    real = permute_quantised(q, row_of)
+    assert [(t.shape, t.dtype) for t in vars(fake).values()] == [(t.shape, t.dtype) for t in vars(real).values()]
+    assert summed.shape == (3, 200) and summed.dtype == torch.bfloat16
+
+
+def test_bytes():
+    """One FP8 row of 256: 256 codes and 2 scales there and back, an index of 8; two BF16 copies of 16 with weights, and their sum."""
+    assert module.permute_bytes(1, 256, 1) == 2 * (256 + 8) + 8 and module.permute_bytes(1, 16, 2) == 64 + 8
+    assert module.sum_copies_bytes(1, 2, 16, 2, weighted=True) == 2 * (32 + 8 + 4) + 32
