@@ -45,6 +45,7 @@ _NOT_NEGATIVE = [
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
 _CHOICES = {
     "precision.compute": ("fp32", "bf16", "fp64"),
+    "precision.linear": ("compute", "fp8"),
     "model.score_func": ("sigmoid", "softmax"),
     "optim.engine": ("whole", "deepspeed"),
     "optim.algorithm": ("adamw", "muon"),
@@ -182,6 +183,7 @@ def _broken(c: Config) -> Iterator[Broken]:
     yield from ranges
     if not ranges:
         yield from _model(c)
+        yield from _fp8(c)
         yield from _layout(c)
         yield from _batch(c)
         yield from _optim(c)
@@ -241,6 +243,31 @@ def _model(c: Config) -> Iterator[Broken]:
             yield f"model.{name}", f"must be a multiple of {unit}: expert weights in {c.precision.compute} need rows of 16-byte units"
 
 
+def _fp8(c: Config) -> Iterator[Broken]:
+    """Both dims of every matrix, and the tokens of a micro-batch, are contiguous in some FP8 product: in rows of whole 16-byte units."""
+    if c.precision.linear != "fp8":
+        return
+    if c.precision.compute != "bf16":
+        yield "precision.compute", "must be bf16 where precision.linear=fp8: the recipe has BF16 between its products"
+    m, queries = c.model, c.model.num_heads * c.model.qk_head_dim
+    widths = {
+        "dim": m.dim,
+        "q_lora_rank": m.q_lora_rank,
+        "kv_lora_rank": m.kv_lora_rank,
+        "qk_rope_head_dim": (m.q_lora_rank or queries) + m.kv_lora_rank + m.qk_rope_head_dim,
+        "qk_nope_head_dim": queries if m.q_lora_rank else 0,
+        "v_head_dim": m.num_heads * m.v_head_dim,
+        "num_heads": m.num_heads * (m.qk_nope_head_dim + m.v_head_dim),
+        "dense_hidden_dim": m.dense_hidden_dim if m.num_dense_layers else 0,
+        "expert_hidden_dim": m.expert_hidden_dim if m.num_moe_layers else 0,
+    }
+    for name, width in widths.items():
+        if width % 16:
+            yield f"model.{name}", f"makes a matrix {width} wide: FP8 wants multiples of 16 (precision=bf16 does not)"
+    if (tokens := c.train.micro_batch_sequences * c.data.seq_len) % 16:
+        yield "train.micro_batch_sequences", f"makes micro-batches of {tokens} tokens: FP8 wants multiples of 16 (precision=bf16 does not)"
+
+
 def _layout(c: Config) -> Iterator[Broken]:
     m, p = c.model, c.parallel
     if m.num_moe_layers > 0 and m.num_experts % p.ep:
@@ -249,9 +276,9 @@ def _layout(c: Config) -> Iterator[Broken]:
         chunks_to_blame = p.chunks > m.num_layers or (p.chunks > 1 and p.pp <= m.num_layers)
         name = "parallel.chunks" if chunks_to_blame else "parallel.pp"
         yield name, f"{p.pp} ranks x {p.chunks} chunk(s) are {p.num_stages} stages, too many for model.num_layers = {m.num_layers}"
-    if c.precision.name not in c.cluster.peak_tflops:
-        yield "cluster.peak_tflops", (f"has no peak for precision {c.precision.name}, so the share of it that is used cannot be told: "
-                                      f"add cluster.peak_tflops.{c.precision.name}=TFLOPS")  # fmt: skip
+    if (products := c.precision.products) not in c.cluster.peak_tflops:
+        yield "cluster.peak_tflops", (f"has no peak for precision {products}, so the share of it that is used cannot be told: "
+                                      f"add cluster.peak_tflops.{products}=TFLOPS")  # fmt: skip
 
 
 def _batch(c: Config) -> Iterator[Broken]:

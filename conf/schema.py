@@ -153,10 +153,20 @@ class ParallelConfig(Section):
 
 @dataclass(kw_only=True)
 class PrecisionConfig(Section):
-    """dtype of weights and activations: fp32, bf16, or fp64 (for proofs). Main gradients, masters and norms are FP32 or wider."""
+    """dtype of weights and activations: fp32, bf16, or fp64 (for proofs). Main gradients, masters and norms are FP32 or wider.
+
+    `linear`: what the linears of attention, feed-forward and experts multiply: compute (that dtype), or fp8 (DeepSeek-V3's recipe, over
+    bf16). Embedding, head, gates, norms, attention itself and the entry of multi-token prediction never do.
+    """
 
     name: str = MISSING
     compute: str = MISSING
+    linear: str = "compute"
+
+    @property
+    def products(self) -> str:
+        """fp8, bf16, fp32 or fp64: what nearly all matrix products are made in, and a device's peak is looked up by."""
+        return self.compute if self.linear == "compute" else self.linear
 
 
 @dataclass(kw_only=True)

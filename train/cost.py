@@ -267,11 +267,11 @@ def peak_flops(cluster: ClusterConfig, precision: str) -> float | None:
 
 
 def mfu(tokens_per_second_per_gpu: float, config: Config) -> float | None:
-    """Model FLOPs utilisation, 0 to 1: useful FLOP/s of a device over its dense peak in the run's compute precision.
+    """Model FLOPs utilisation, 0 to 1: useful FLOP/s of a device over its dense peak in the run's matrix products.
 
     Active parameters, causal attention, no recomputation. None where the peak is unknown: no figure beats a wrong one.
     """
-    peak = peak_flops(config.cluster, config.precision.compute)
+    peak = peak_flops(config.cluster, config.precision.products)
     if peak is None:
         return None
     return tokens_per_second_per_gpu * flops_per_token(config.model, config.data.seq_len).total / peak

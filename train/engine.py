@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..conf.schema import Config, ModelConfig, OptimConfig
+from ..kernels.fp8_weights import WeightCache
 from ..kernels.grouped import row_alignment
 from ..kernels.ops import Ops
 from ..parallel.dispatch import make_dispatcher
@@ -77,7 +78,8 @@ class Engine:
         self.config, self.device, self.watch = config, torch.device(device), watch or Watch()
         self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
-        self.ops = Ops(compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
+        fp8 = WeightCache() if config.precision.linear == "fp8" else None
+        self.ops = Ops(fp8=fp8, compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
         self.placement = Placement(config, self.device)
         self.stages = self._build_stages()
         self.biases = self._share_biases()
@@ -93,7 +95,8 @@ class Engine:
         name = c.parallel.dispatcher
         if name == "auto":
             name = "alltoall" if c.parallel.ep > 1 else "local"
-        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=row_alignment(self.dtype), groups=mesh.ep)
+        align = row_alignment(self.dtype, fp8=self.ops.fp8 is not None)
+        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep)
         balance = Balance(sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens)
         layers = stage_layers(c)
         stages: dict[int, Stage] = {}
@@ -166,6 +169,7 @@ class Engine:
         `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts. Raises FloatingPointError, on all ranks and before any
         weight changes, if the gradient norm is not finite.
         """
+        self._forget_casts()
         losses = self.executor.step(batches)
         self.optimizer.reduce()
         totals = self._reduce_counts(losses, batches, flags)
@@ -198,11 +202,17 @@ class Engine:
 
     def evaluate(self, batches: Sequence[MicroBatch], count: int = 0) -> tuple[float, int, int]:
         """(summed loss of the next token, tokens, `count`s) over data-parallel ranks; targets that are IGNORED do not count. Collective."""
+        self._forget_casts()
         losses = self.executor.evaluate(batches) * self.nominal_tokens
         counts = [sum(b.num_targets for b in batches), count] if self.holds_head else [0, 0]
         totals = torch.cat([losses[:1].cpu(), torch.tensor(counts, dtype=torch.float64)]).to(self.device)
         dist.all_reduce(totals)
         return totals[0].item(), int(totals[1].item()), int(totals[2].item())
+
+    def _forget_casts(self) -> None:
+        """Before every pass: since the last, the optimizer may have stepped, a checkpoint been loaded, an expert moved."""
+        if self.ops.fp8 is not None:
+            self.ops.fp8.clear()
 
     def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""

@@ -220,7 +220,7 @@ class _Session:
         predictor = f" (and {(p.trained - p.total) / 1e6:,.1f} M that predict further tokens)" if p.trained > p.total else ""
         self.log(
             f"{c.model.name}: {p.total / 1e6:,.1f} M parameters, {p.active / 1e6:,.1f} M active{predictor}; "
-            f"{c.parallel.world_size} x {c.cluster.device}, {c.precision.compute}, optimizer {c.optim.engine}"
+            f"{c.parallel.world_size} x {c.cluster.device}, {c.precision.products}, optimizer {c.optim.engine}"
         )
         if start is not None:
             self.log(f"resumed at step {self.progress.step} from {start}; the next sample is number {self.progress.sample}")

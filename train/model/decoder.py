@@ -52,7 +52,7 @@ class Block(nn.Module):
 
     def feed_forward(self, h_TD: Tensor, u_TD: Tensor, mlp: MLP | None, ops: Ops) -> Tensor:
         """h + mlp(u). Under recompute "norm" nobody keeps u = norm(h): this is the last to read it."""
-        again = ops.again("norm", lambda: self.unit(h_TD.detach(), ops))
+        again = ops.again("norm", lambda: self.unit(h_TD.detach(), ops)) or u_TD.detach
         y_TD = h_TD + mlp(u_TD, ops, again=again) if mlp else h_TD
         ops.discard("norm", u_TD)
         return y_TD

@@ -148,6 +148,7 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, ops: Ops) -> Tensor:
         gate_up = ops.grouped_linear(rows_RD, self.gate_up, groups, power_of_two=True)  # they were dispatched
+        ops.discard_if_fp8(rows_RD)
         hidden_RF, kept = ops.swiglu(gate_up, weight_R), (gate_up.detach(), weight_R.detach())
         return ops.grouped_linear(hidden_RF, self.down, groups, again=ops.again("swiglu", lambda: ops.swiglu(*kept)))
 

@@ -1,0 +1,122 @@
+"""One FP8 matrix product per expert over rows sorted by expert; `fp8_linear.py` has the recipe.
+
+Each expert's rows are padded to a multiple of 128 with zeros: the weight gradient sums blocks of 128 rows, and none may belong to two
+experts.
+
+R rows, padding included   e experts on this rank   I input dim   O output dim
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .fp8_linear import add_fp8_outer_reference, fp8_matmul_reference
+from .fp8_weights import WeightCache
+from .grouped import RowGroups
+from .quantise import BLOCK, GRADIENT_FLOOR, Quantised, columns_of, quantise_columns, quantise_rows
+from .weight_grad import WeightGradStore
+
+
+def fp8_grouped_matmul_reference(a: Quantised, b: Quantised, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, K) by rows, (e, N, K) by blocks -> (R, N) in `dtype`."""
+    sizes = _sizes(ends_e)
+    rows = zip(a.codes.split(sizes), a.scales.split(sizes, 1))
+    experts = zip(b.codes.unbind(0), b.scales.unbind(0))
+    return torch.cat([fp8_matmul_reference(Quantised(*own), Quantised(*expert), dtype) for own, expert in zip(rows, experts)])
+
+
+def add_fp8_grouped_outer_reference(main_eMN: Tensor, a: Quantised, b: Quantised, ends_e: Tensor) -> None:
+    """main[e] += a b^T over the rows of expert e: (M, R) and (N, R), both by rows."""
+    sizes = _sizes(ends_e)
+    by_expert = lambda q: zip(q.codes.split(sizes, 1), q.scales.split([size // BLOCK for size in sizes]))
+    for main_MN, own_a, own_b in zip(main_eMN.unbind(0), by_expert(a), by_expert(b)):
+        add_fp8_outer_reference(main_MN, Quantised(*own_a), Quantised(*own_b))
+
+
+def _sizes(ends_e: Tensor) -> list[int]:
+    return ends_e.diff(prepend=ends_e.new_zeros(1)).tolist()
+
+
+# ---------------------------------------------------------------- the operators, over plain tensors
+
+
+@torch.library.custom_op("shoestring::fp8_grouped_matmul", mutates_args=())
+def _matmul(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    return fp8_grouped_matmul_reference(Quantised(a, a_scales), Quantised(b, b_scales), ends, dtype)
+
+
+@_matmul.register_fake
+def _(a, a_scales, b, b_scales, ends, dtype):
+    return a.new_empty(len(a), b.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("shoestring::add_fp8_grouped_outer", mutates_args={"main"})
+def _add_outer(main: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> None:
+    add_fp8_grouped_outer_reference(main, Quantised(a, a_scales), Quantised(b, b_scales), ends)
+
+
+@_add_outer.register_fake
+def _(main, a, a_scales, b, b_scales, ends):
+    return None
+
+
+@register_flop_formula(torch.ops.shoestring.fp8_grouped_matmul)
+def _matmul_flops(a_shape, a_scales_shape, b_shape, *_, **__) -> int:
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+@register_flop_formula(torch.ops.shoestring.add_fp8_grouped_outer)
+def _add_outer_flops(main_shape, a_shape, *_, **__) -> int:
+    return 2 * main_shape[1] * main_shape[2] * a_shape[1]
+
+
+def fp8_grouped_matmul(a: Quantised, b: Quantised, groups: RowGroups, dtype: torch.dtype) -> Tensor:
+    """(R, K) quantised by rows, (e, N, K) by 128 x 128 blocks -> (R, N): each row times its expert's matrix, in `dtype`. R may be 0."""
+    return _matmul(a.codes, a.scales, b.codes, b.scales, groups.ends_e, dtype)
+
+
+def add_fp8_grouped_outer(main_eMN: Tensor, a: Quantised, b: Quantised, groups: RowGroups) -> None:
+    """main[e] += a b^T over expert e's rows, FP32: (M, R) and (N, R), both quantised by rows."""
+    _add_outer(main_eMN, a.codes, a.scales, b.codes, b.scales, groups.ends_e)
+
+
+# ---------------------------------------------------------------- with gradients
+
+
+class _Fp8GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RI, weight_eOI, groups, casts, store, power_of_two, again):
+        quantised = lambda rows_RI: quantise_rows(rows_RI.contiguous(), power_of_two=power_of_two)
+        rows, cast = quantised(rows_RI), casts.of(weight_eOI)
+        if again is None:
+            ctx.save_for_backward(rows.codes, rows.scales)
+        ctx.again = again and (lambda: quantised(again()))
+        ctx.weight, ctx.cast, ctx.groups, ctx.store = weight_eOI, cast, groups, store
+        return fp8_grouped_matmul(rows, cast.blocks, groups, rows_RI.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_RO):
+        weight, groups, grad_RO = ctx.weight, ctx.groups, grad_RO.contiguous()
+        rows = ctx.again() if ctx.again else Quantised(*ctx.saved_tensors)
+        columns = quantise_columns(grad_RO, floor=GRADIENT_FLOOR)
+        ctx.store.append(lambda: add_fp8_grouped_outer(weight.main_grad, columns, columns_of(rows), groups))
+        grad_rows = quantise_rows(grad_RO, floor=GRADIENT_FLOOR)
+        return fp8_grouped_matmul(grad_rows, ctx.cast.transposed, groups, grad_RO.dtype), *[None] * 6
+
+
+def fp8_grouped_linear(
+    rows_RI: Tensor,
+    weight_eOI: Tensor,
+    groups: RowGroups,
+    casts: WeightCache,
+    store: WeightGradStore,
+    *,
+    power_of_two: bool = False,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """(R, I), (e, O, I) -> (R, O). Arguments as in `fp8_linear`. R may be 0. ValueError unless every group is a multiple of 128 rows."""
+    if any(size % BLOCK for size in groups.sizes):
+        raise ValueError(f"rows per expert {groups.sizes}: FP8 wants multiples of {BLOCK}; dispatch with align={BLOCK}")
+    return _Fp8GroupedLinear.apply(rows_RI, weight_eOI, groups, casts, store, power_of_two, again)
