@@ -8,6 +8,7 @@ Everything needed (ptxas, nvdisasm, cuobjdump) is inside the triton wheel. Held 
 import contextlib
 import importlib
 import io
+import math
 import pkgutil
 import re
 import subprocess
@@ -49,7 +50,7 @@ class Compiled:
     shared: int  # bytes per program
     matrix: Counter  # tensor-core instruction -> how many
     serialised: bool
-    macs: int  # of the main loop per step and tile; 0 where the code does not show it
+    macs: int  # multiply-adds of the main loop per step and tile; 0 on Blackwell, whose code does not show them
     promotions: int  # FP32 multiply-adds and adds in the main loop, of all threads
     warp_specialised: bool
 
@@ -95,6 +96,7 @@ def build(config: KernelConfig, architecture: int):
 def compile_ahead(config: KernelConfig, architecture: int) -> Compiled:
     kernel, log = build(config, architecture)
     code = _machine_code(kernel.asm["cubin"])
+    loop = _main_loop(code)
     specialised = "ttg.warp_specialize" in kernel.asm["ttgir"]
     # under warp specialisation every consumer warpgroup has its own code
     threads = 128 if specialised else 32 * config.num_warps
@@ -109,8 +111,8 @@ def compile_ahead(config: KernelConfig, architecture: int) -> Compiled:
         shared=kernel.metadata.shared,
         matrix=Counter(op for _, op, _ in code if re.match(ANY_MMA, op)),
         serialised="serializ" in log.lower(),
-        macs=_hopper_macs(kernel.asm["ptx"]) * threads // 128,
-        promotions=sum(map(_sums, _main_loop(code))) * threads,
+        macs=int(sum(map(_macs, loop)) * threads),
+        promotions=sum(map(_sums, loop)) * threads,
         warp_specialised=specialised,
     )
 
@@ -134,14 +136,18 @@ def _machine_code(cubin: bytes) -> list[tuple[str, str, str]]:
 
 
 def _main_loop(code) -> list[str]:
-    """Operations inside the innermost loops that hold a tensor-core instruction; a loop is from a label to a jump back to it."""
+    """Operations inside the innermost loops that multiply matrices (or, where the tensor core has memory of its own, read it).
+
+    A loop is from a label to a jump back to it. Waiting is kept out of line, behind everything, and jumps back into the middle of a loop:
+    that is none.
+    """
     at = {label: i for i, (label, _, _) in enumerate(code) if label}
-    jumps = [
-        (i, at.get(found[1], i + 1)) for i, (_, op, args) in enumerate(code) if op == "BRA" and (found := re.search(r"(\.L_x_\d+)", args))
-    ]
-    loops = [(to, i) for i, to in jumps if to <= i and any(re.match(ANY_MMA, op) for _, op, _ in code[to:i])]
+    branches = [(i, re.search(r"(\.L_x_\d+)", args)) for i, (_, op, args) in enumerate(code) if op.startswith("BRA")]
+    jumps = [(i, at.get(target[1], i + 1)) for i, target in branches if target]
+    loops = [(to, i) for i, to in jumps if to <= i and any(re.match(ANY_MMA + "|LDTM", op) for _, op, _ in code[to:i])]
+    loops = [a for a in loops if not any(b[0] < a[0] <= b[1] < a[1] for b in loops)]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return [op for first, last in inner for _, op, _ in code[first:last]]
+    return [code[i][1] for i in sorted({i for first, last in inner for i in range(first, last)})]
 
 
 def _sums(operation: str) -> int:
@@ -150,9 +156,11 @@ def _sums(operation: str) -> int:
     return 0 if not found else 2 if found[1] else 1
 
 
-def _hopper_macs(ptx: str) -> int:
-    """Multiply-adds of one warpgroup's wgmmas. Triton writes the loop's body once, so this is one step."""
-    return sum(64 * int(n) * int(k) for n, k in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)", ptx))
+def _macs(operation: str) -> float:
+    """Multiply-adds of this instruction, for each thread that takes part; 0 for Blackwell's, whose shape is in a register."""
+    if found := re.match(r"[QH]GMMA\.(\d+)x(\d+)x(\d+)", operation):
+        return math.prod(map(int, found.groups())) / 128
+    return 16 * 8 * 16 / 32 if operation.startswith("HMMA.16816") else 0
 
 
 def faults(found: Compiled) -> list[str]:
@@ -178,7 +186,7 @@ def _matrix_faults(found: Compiled) -> list[str]:
         return [f"no {config.operands} tensor-core instruction, but {dict(found.matrix) or 'none at all'}"]
     if others := [op for op in found.matrix if not re.match(wanted, op)]:
         bad.append(f"other tensor-core instructions: {others}")
-    if found.architecture == 90 and found.macs != config.macs_per_step:
+    if found.architecture < 100 and found.macs != config.macs_per_step:
         bad.append(f"{found.macs / config.macs_per_step:g} x the multiply-adds that a step needs")
     needed = config.macs_per_step // config.promote_every
     if config.operands == "fp8" and found.promotions < needed:
@@ -194,10 +202,9 @@ def table(results: list[Compiled]) -> str:
     ]
     for r in results:
         matrix = ", ".join(f"{n} {op.split('.')[0]}" for op, n in r.matrix.items()) or "–"
-        lines.append(
-            f"| {r.config.name} | sm_{r.architecture} | {r.config.num_warps}, {r.config.num_stages} | {r.registers} | {r.shared / 1024:.3g} "
-            f"| {matrix} | {r.promotions if r.config.operands == 'fp8' else '–'} | {'; '.join(faults(r)) or 'ok'} |"
-        )
+        promotions = r.promotions if r.config.operands == "fp8" else "–"
+        launch = f"{r.config.num_warps}, {r.config.num_stages} | {r.registers} | {r.shared / 1024:.3g}"
+        lines.append(f"| {r.config.name} | sm_{r.architecture} | {launch} | {matrix} | {promotions} | {'; '.join(faults(r)) or 'ok'} |")
     return "\n".join(lines)
 
 

@@ -125,14 +125,16 @@ class Builder(stock.InterpreterBuilder):
 
     # memory
     def _check_addresses(self, addresses, mask):
-        used = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[np.broadcast_to(mask.astype(bool), addresses.shape)]
+        used = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[
+            np.broadcast_to(mask.astype(bool), addresses.shape)
+        ]
         if not used.size:
             return
         owner = np.searchsorted(self.extents[:, 0], used, side="right") - 1
         outside = (owner < 0) | (used >= self.extents[owner, 1])
         if outside.any():
             raise IndexError(
-                f"program {self.grid_idx}: {outside.sum()} of {used.size} addresses lie outside the tensors that were passed: a missing mask?"
+                f"program {self.grid_idx}: {outside.sum()} of {used.size} addresses are outside the tensors passed: is a mask missing?"
             )
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
