@@ -49,3 +49,6 @@ class WeightCache:
 
     def __len__(self) -> int:
         return len(self._casts)
+
+    def __contains__(self, weight: Tensor) -> bool:
+        return weight in self._casts
