@@ -1,7 +1,8 @@
 """A run's directory as one HTML page: what ran, what it learned, how fast, how evenly, and what it cost.
 
 Read from config.yaml, metrics.jsonl and summary.json; a run that is still going, was killed or never started has a page too, which
-says what is missing. Charts are in `report_charts.py`, the page's look in `report_page.py`.
+says what is missing. What `shoestring verify` has proved there (certificate.json) is a section of the page, or all of it where nothing
+was trained. Charts are in `report_charts.py`, that section in `report_layouts.py`, the page's look in `report_page.py`.
 """
 
 import dataclasses
@@ -15,8 +16,11 @@ from ..conf.phases import num_steps
 from ..conf.schema import Config, ConfigError
 from ..train import cost, metrics, units
 from ..train.metrics import StepRecord, Summary
+from . import report_layouts
 from .report_charts import make_charts
 from .report_page import Page, Tile, render
+from .verify import certificate
+from .verify.certificate import Certificate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +45,14 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a run directory: give the folder that holds a run's metrics.jsonl")
-    run = read_run(run_dir)
+    proved, damaged = _read_certificate(run_dir / certificate.FILE)
+    trained = any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json"))
+    page = _page(read_run(run_dir)) if trained or proved is None else _certificate_page(proved)
+    page.notes.extend(damaged)
+    if proved:
+        page.sections.append(report_layouts.section(proved))
     path = run_dir / "report.html"
-    metrics.replace_file(path, render(_page(run)))
+    metrics.replace_file(path, render(page))
     return path
 
 
@@ -104,7 +113,22 @@ def _read_summary(path: Path, notes: list[str]) -> Summary | None:
         return None
 
 
+def _read_certificate(path: Path) -> tuple[Certificate | None, list[str]]:
+    """And what is wrong with it."""
+    if not path.exists():
+        return None, []
+    try:
+        return certificate.read(path), []
+    except (ValueError, OSError) as error:
+        return None, [f"{certificate.FILE} cannot be read: {error}. `shoestring verify` writes it anew."]
+
+
 # ---------------------------------------------------------------- the page
+
+
+def _certificate_page(proved: Certificate) -> Page:
+    title, status = str(proved.model.get("name", "")), report_layouts.status(proved)
+    return Page(title=title, facts=[], status=status, notes=[], tiles=[], charts=[], config_text="", kind="certificate")
 
 
 def _page(run: Run) -> Page:

@@ -1,6 +1,7 @@
 """The report's look: one HTML file that needs nothing from the network, readable light and dark, on a laptop and on a phone.
 
-Text is escaped here and nowhere else. A policy in the page forbids it every request, so that a mistake could not make one.
+Text is escaped here, and in `report_layouts.py`, whose HTML is taken as it is. A policy in the page forbids it every request, so that a
+mistake could not make one.
 """
 
 import html
@@ -8,6 +9,8 @@ import json
 from dataclasses import dataclass, field
 
 from plotly.offline import get_plotlyjs
+
+from . import report_layouts
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Page:
     charts: list[Chart]
     config_text: str
     method: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)  # HTML, after the charts
+    kind: str = "run report"
 
 
 def render(page: Page) -> str:
-    """The whole file. Every text of `page` is escaped."""
+    """The whole file. Every text of `page` is escaped. What there is nothing of is left out."""
     e = html.escape
     facts = "".join(f"<li>{e(fact)}</li>" for fact in page.facts)
     tiles = "".join(
@@ -55,6 +60,10 @@ def render(page: Page) -> str:
     notes = f'<section class="notes"><h2>Missing or unusual</h2><ul>{notes}</ul></section>' if page.notes else ""
     config = f"<details><summary>Configuration</summary><pre>{e(page.config_text)}</pre></details>" if page.config_text else ""
     method = "".join(f"<li>{e(line)}</li>" for line in page.method)
+    tiles = f'<section class="tiles">{tiles}</section>' if tiles else ""
+    charts = "".join(_card(chart) for chart in page.charts)
+    charts = f'<section class="charts">{charts}</section>' if charts else ""
+    method = f"<details><summary>How these numbers are made</summary><ul>{method}</ul></details>" if method else ""
     script = f"<script>{get_plotlyjs()}</script>\n<script>{_figures(page)}{SCRIPT}</script>" if any(c.data for c in page.charts) else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -64,20 +73,21 @@ def render(page: Page) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{e(page.title)} · Shoestring</title>
-<style>{STYLE}</style>
+<style>{STYLE}{report_layouts.STYLE if page.sections else ""}</style>
 </head>
 <body>
 <main>
 <header>
-<p class="brand">Shoestring run report</p>
+<p class="brand">Shoestring {e(page.kind)}</p>
 <h1>{e(page.title)} <span class="status">{e(page.status)}</span></h1>
 <ul class="facts">{facts}</ul>
 </header>
-<section class="tiles">{tiles}</section>
+{tiles}
 {notes}
-<section class="charts">{"".join(_card(chart) for chart in page.charts)}</section>
+{charts}
+{"".join(page.sections)}
 <footer>
-<details><summary>How these numbers are made</summary><ul>{method}</ul></details>
+{method}
 {config}
 </footer>
 </main>

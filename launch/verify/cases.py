@@ -7,6 +7,7 @@ import functools
 import itertools
 import random
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from ...conf.schema import Config
 from ...parallel.dispatch import DISPATCHERS
 from ...parallel.schedule import SCHEDULES
 from ..validate import validate
+from . import routing
+from .certificate import Invalid
 
 # What is proved unless it is asked otherwise: small, well-conditioned, and with everything that may go wrong switched on.
 USUAL = (
@@ -63,20 +66,14 @@ class Case:
     @property
     def command(self) -> str:
         """What proves this case alone."""
-        routing = [f"routing={self.routing}"] * (self.routing != "natural")
+        chosen = [f"routing={self.routing}"] * (self.routing != "natural")
         changed = {word.partition("=")[0] for word in self.options}
         base = [word for word in self.base if word not in USUAL and word.partition("=")[0] not in changed]
-        return " ".join(["shoestring verify", f"layouts={self.layout}", *routing, *base, *self.options])
+        return shlex.join(["shoestring", "verify", f"layouts={self.layout}", *chosen, *base, *self.options])
 
     def config(self, *more: str) -> Config:
         """Checked by every owner's rules. Raises ConfigError."""
         return changed(composed(self.base), [*self.options, *layout_words(self.layout), *more])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Invalid:
-    name: str
-    why: str
 
 
 @functools.cache
@@ -143,7 +140,7 @@ def checked(cases: Sequence[Case]) -> tuple[list[Case], list[Invalid]]:
     valid, invalid = [], []
     for case in cases:
         try:
-            case.config()
+            routing.make(case.routing, case.config())
             valid.append(case)
         except ConfigError as error:
             if error.field == "layouts":  # no layout at all

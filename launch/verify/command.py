@@ -1,7 +1,7 @@
 """`shoestring verify`: choose what to prove, say what cannot be, prove the rest side by side, and certify.
 
 base words + layouts and options (cases.py) -> a session per case (observe.py), its reference (plain.py), the differences
-(compare.py), all in prove.py -> a table, certificate.json, and the smallest case that still fails (shrink.py)
+(compare.py), all in prove.py -> a table (table.py), certificate.json, and the smallest case that still fails (shrink.py)
 """
 
 import itertools
@@ -22,10 +22,14 @@ from ...conf.schema import Config
 from ...parallel.optimizer import deepspeed_zero
 from ...train import cost, units
 from .. import exit_codes
-from . import autoep, certificate
-from .cases import CONFIG_DIR, USUAL, Case, Invalid, checked, composed, layouts, option_cases
-from .prove import Fault, Verdict, prove, prove_other
+from ..report import write_report
+from . import autoep, certificate, routing, table
+from .cases import CONFIG_DIR, USUAL, Case, checked, composed, layouts, option_cases
+from .certificate import Invalid
+from .compare import LIMITS
+from .prove import Fault, Verdict, in_folder, prove, prove_other, reference
 from .shrink import shrink
+from .table import Screen
 
 # On four processes, within a minute: the mechanisms that differ, once each.
 SMOKE = (
@@ -83,45 +87,91 @@ def main(words: Sequence[str], config_dir: str | None) -> int:
     return verify(parse(words, config_dir))
 
 
-def verify(request: Request, *, fault: Fault | None = None, say: Callable[[str], None] = print) -> int:
-    """Prove what is asked for; an exit code: 0 only if every case passed. Raises ConfigError before anything runs."""
+def verify(request: Request, *, fault: Fault | None = None, say: Callable[[str], None] | None = None) -> int:
+    """Prove what is asked for; an exit code: 0 only if every case passed. Raises ConfigError before anything runs.
+
+    `say`: gets every line; left out, they are printed, with progress where that is to a terminal.
+    """
     began = time.monotonic()
     torch.set_num_threads(1)
     base = base_words(request)
     config = composed(base)
+    routing.make(request.routing, config)
     valid, invalid = checked(list(choose_cases(request, base)))
-    for case in invalid:
-        say(f"invalid  {case.name}: {case.why}")
-    if not valid:
-        raise ConfigError("layouts", request.layouts, f"none is valid for this model on {request.world} processes")
-    _check_memory(config, max(case.config().parallel.world_size for case in valid))
-    say(f"{config.model.name}: {units.count(cost.num_params(config.model).total)} parameters; {len(valid)} cases, {request.steps} steps of "
-        f"{config.sequences_per_step} x {config.data.seq_len} tokens, seed {request.seed}; {len(invalid)} cases are invalid")  # fmt: skip
-    say("      layout -> resumed on                      deviation of limit, what and where (time)")
-    verdicts, smallest = [], {}
-    with tempfile.TemporaryDirectory(prefix="shoestring-verify-") as folder:
-        proved = run(valid, Path(folder), fault) if request.target == "shoestring" else run_autoep(valid, Path(folder))
-        for done, verdict in enumerate(proved, 1):
-            verdicts.append(verdict)
-            say(f"{done:>3}/{len(valid)}  {certificate.row(verdict)}")
-        for verdict in (v for v in verdicts if not v.passed):
-            say(f"\nFAIL  {verdict.case.name}\n{certificate.details(verdict)}")
-            if request.target == "shoestring":
-                small = shrink(verdict.case, _still_fails(verdict, Path(folder) / "shrink", fault))
-                smallest[verdict.case.name] = small.command
-                say(f"  smallest that still fails: {small.command}")
-    verdicts.sort(key=lambda v: valid.index(v.case))
-    failed, seconds = sum(not v.passed for v in verdicts), time.monotonic() - began
-    content = certificate.certificate(config, verdicts, invalid, command_of(request), seconds, smallest)
+    with Screen(say) as screen, tempfile.TemporaryDirectory(prefix="shoestring-verify-") as name:
+        folder = Path(name)
+        _introduce(request, config, valid, invalid, screen)
+        proved = run(valid, folder, fault) if request.target == "shoestring" else run_autoep(valid, folder)
+        verdicts = _shown(proved, valid, screen, 1 if request.target == "deepspeed" else _at_once())
+        smallest = {v.case: _told(v, request, folder / "shrink", fault, screen) for v in verdicts if not v.passed}
+        if request.target == "shoestring":
+            _write_trace(request, verdicts, folder)
+    results = [v.result(smallest.get(v.case, "")) for v in verdicts]
+    seconds = time.monotonic() - began
+    content = certificate.certificate(
+        config, results, invalid, LIMITS, command=command_of(request), seconds=seconds, target=request.target
+    )  # fmt: skip
     path = certificate.write(request.out, content)
-    say(f"\n{len(verdicts) - failed} of {len(verdicts)} cases passed in {units.duration(seconds)}: {path}")
-    return exit_codes.OK if not failed else exit_codes.FAILED
+    screen.say(f"\n{len(results) - len(smallest)} of {len(results)} cases passed in {units.duration(seconds)}")
+    screen.say(f"certificate  {path}\nreport       {write_report(request.out)}")
+    return exit_codes.OK if content.passed else exit_codes.FAILED
+
+
+def _introduce(request: Request, config: Config, valid: list[Case], invalid: list[Invalid], screen: Screen) -> None:
+    """What cannot be proved and why, and what is going to be."""
+    if invalid:
+        screen.say(f"{len(invalid)} {'case is' if len(invalid) == 1 else 'cases are'} invalid and left out:")
+    for line in table.invalid_lines(invalid, screen.width):
+        screen.say(line)
+    if not valid:
+        raise ConfigError("layouts", request.layouts, "none of them is valid for this model: see above")
+    _check_memory(config, max(case.config().parallel.world_size for case in valid))
+    parameters = units.count(cost.num_params(config.model).total)
+    what = (f"{config.model.name}, {parameters} parameters: {len(valid)} case{'s' * (len(valid) > 1)} of {request.steps} steps, "
+            f"{config.sequences_per_step} x {config.data.seq_len} tokens each, seed {config.train.seed}")  # fmt: skip
+    screen.say("\n".join([*[""] * bool(invalid), *table.indented(what, screen.width, 0), ""]))
+
+
+def _shown(proved: Iterator[Verdict], valid: list[Case], screen: Screen, at_once: int) -> list[Verdict]:
+    """A row for each as it comes; in the order of the cases at the end."""
+    began, verdicts = time.monotonic(), []
+    resumed = RESUME_ON if at_once > 1 else ()
+    rows = table.Table([case.layout for case in valid], resumed, screen.width, screen.colour)
+    screen.say(rows.header())
+    screen.status(table.progress(0, len(valid), at_once, 0.0))
+    for verdict in proved:
+        verdicts.append(verdict)
+        screen.say(rows.row(verdict.result()))
+        screen.status(table.progress(len(verdicts), len(valid), at_once, time.monotonic() - began))
+    return sorted(verdicts, key=lambda v: valid.index(v.case))
+
+
+def _told(verdict: Verdict, request: Request, folder: Path, fault: Fault | None, screen: Screen) -> str:
+    """All that failed; the command of the smallest case that still fails."""
+    case = verdict.case
+    screen.say(f"\nFAIL  {case.name}\n{table.details(verdict.result(), screen.width)}\n  again:     {case.command}")
+    if request.target != "shoestring":
+        return ""
+    screen.status("looking for the smallest case that still fails ...")
+    small = shrink(case, _still_fails(verdict, folder, fault)).command
+    screen.say(f"  smallest:  {small}" if small != case.command else "  no smaller case fails")
+    return small
+
+
+def _write_trace(request: Request, verdicts: list[Verdict], folder: Path) -> None:
+    """The reference's routing of the first case among those with the most layers, for `routing=trace:FILE`: it serves all the others."""
+    told = [v.case for v in verdicts if not v.error]
+    if told:
+        case = max(told, key=lambda case: case.config().model.num_moe_layers)
+        known = reference(in_folder(case.config(), folder / "trace"), case.routing, folder / "references")
+        request.out.mkdir(parents=True, exist_ok=True)
+        routing.write(request.out / routing.FILE, routing.trace_of(known.evidence))
 
 
 def _still_fails(verdict: Verdict, folder: Path, fault: Fault | None) -> Callable[[Case], bool]:
-    """Whether a smaller case fails too; gone on with on another layout only where nothing else failed."""
+    """Whether a smaller case fails in the same way; gone on with on another layout only where nothing else failed."""
     only_resumed = verdict.broken and all(d.quantity.startswith(("resumed", "random")) for d in verdict.broken)
-    return lambda case: not prove(case, verdict.resumed_on if only_resumed else "", folder, fault).passed
+    return lambda case: prove(case, verdict.resumed_on if only_resumed else "", folder, fault).fails_like(verdict)
 
 
 def command_of(request: Request) -> str:
@@ -208,10 +258,14 @@ def run(cases: Sequence[Case], folder: Path, fault: Fault | None = None) -> Iter
     if any("optim.engine=deepspeed" in (*case.base, *case.options) for case in cases):
         logging.getLogger("deepspeed").setLevel(logging.ERROR)
         deepspeed_zero.preload()
-    with ProcessPoolExecutor(max(1, os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(_at_once(), mp_context=multiprocessing.get_context("fork")) as pool:
         jobs = [pool.submit(prove, case, other, folder / f"case{i}", fault) for i, (case, other) in enumerate(zip(cases, _resumed(cases)))]
         for job in as_completed(jobs):
             yield job.result()
+
+
+def _at_once() -> int:
+    return max(1, os.cpu_count() or 1)
 
 
 def _resumed(cases: Sequence[Case]) -> Iterator[str]:

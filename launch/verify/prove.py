@@ -25,6 +25,7 @@ from ...train.model.decoder import DTYPES, initial_weight
 from ..local import RankFailed, fork_ranks
 from . import observe, plain
 from .cases import Case, changed
+from .certificate import Result, measure
 from .compare import LIMITS, Deviation, Limits, compare, near_ties, resumed, worst
 from .evidence import Choose, Evidence
 from .routing import make, replay, trace_of
@@ -35,6 +36,7 @@ ALONE = (
     "parallel.placement_interval=0", "optim.engine=whole", "optim.offload=false", "train.recompute=[]",
 )  # fmt: skip
 Fault = Callable[[], None]
+MOST = 100  # deviations of a case that a certificate keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,16 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return not self.broken and not self.error
+
+    def result(self, smallest: str = "") -> Result:
+        """As it stands in a certificate, which keeps the worst of what is broken."""
+        case = self.case
+        return Result(
+            layout=case.layout, options=list(case.options), routing=case.routing, passed=self.passed,
+            worst=measure(self.worst) if self.worst else None, broken=[measure(d) for d in self.broken[:MOST]],
+            resumed_on=self.resumed_on, notes=list(self.notes), error=self.error, seconds=round(self.seconds, 2),
+            command=case.command, smallest=smallest,
+        )  # fmt: skip
 
     def fails_like(self, other: "Verdict") -> bool:
         """In a quantity that `other` fails in too; or raised, as it did."""

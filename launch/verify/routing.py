@@ -22,6 +22,7 @@ from ...conf.errors import ConfigError, most_like
 from ...conf.schema import Config
 from .evidence import Choose, Evidence
 
+FILE = "routing.safetensors"
 ROUTINGS = ("natural", "one_expert", "idle_rank", "alternating", "ties")
 
 
