@@ -24,25 +24,33 @@ class Kept:
         return self.attention + self.experts
 
 
-def kept_bytes(model: ModelConfig, layer: int, *, width: int, recompute: Collection[str] = (), padded_values: bool = False) -> Kept:
-    """Of block `layer`, with activations of `width` bytes. `padded_values`: as on CPU, where values are widened to the keys' width."""
+def kept_bytes(
+    model: ModelConfig, layer: int, *, width: int, fp8: bool = False, recompute: Collection[str] = (), padded_values: bool = False
+) -> Kept:
+    """Of block `layer`, with activations of `width` bytes. `fp8`: inputs of linears are kept in FP8, with an FP32 scale for each 128.
+
+    `padded_values`: as on CPU, where values are widened to the keys' width.
+    """
     m, wide, block = model, max(4, width), cost.block_params(model, layer)
+    linear = lambda dim: dim + 4 * -(-dim // 128) if fp8 else dim * width
     value_dim = m.qk_head_dim if padded_values else m.v_head_dim
     attention = m.dim * width  # the block's input
     if "attention" not in recompute:
-        norms = 0 if "norm" in recompute else m.dim + m.q_lora_rank + m.kv_lora_rank
+        norms = 0 if "norm" in recompute else linear(m.dim) + linear(m.q_lora_rank) + linear(m.kv_lora_rank)
         heads = 0 if "mla_up" in recompute else m.num_heads * (2 * m.qk_head_dim + value_dim)
         latents = (m.q_lora_rank or m.num_heads * m.qk_head_dim) + m.kv_lora_rank + m.qk_rope_head_dim
-        attention += (norms + heads + latents + m.num_heads * value_dim) * width
+        attention += norms + (heads + latents + m.num_heads * value_dim) * width
         attention += (3 + bool(m.q_lora_rank) + m.num_heads) * wide  # of the norms their scales, of the softmax its sums
         if block.router:
             attention += (3 * m.num_experts + m.top_k) * wide + m.top_k * 8  # scores and their shares; chosen experts and their weights
     residual = m.dim * width
     unit = 0 if "norm" in recompute and "experts" not in recompute else m.dim * width
     rows = shared = 0
-    per_row = lambda hidden: 0 if "experts" in recompute else (2 + ("swiglu" not in recompute)) * hidden * width
+    activation = lambda hidden: 2 * hidden * width + (0 if "swiglu" in recompute else linear(hidden))
+    per_row = lambda hidden: 0 if "experts" in recompute else activation(hidden)
     if block.router:
-        rows = m.top_k * (m.dim * width + wide + per_row(m.expert_hidden_dim)) + 5 * m.top_k * 8  # and the maps between tokens and rows
+        routed = m.dim * width if "experts" in recompute else linear(m.dim)
+        rows = m.top_k * (routed + wide + per_row(m.expert_hidden_dim)) + 5 * m.top_k * 8  # and the maps between tokens and rows
         shared = per_row(m.shared_hidden_dim)
     else:
         shared = per_row(m.dense_hidden_dim)

@@ -206,11 +206,12 @@ class StateBytes:
     weights: int
     main_grads: int
     optimizer: int
+    casts: int  # under precision.linear=fp8: weights of linears in FP8, and once more transposed; made anew each step
     host: int  # in the host's memory: what is offloaded, room for what travels, the average of the weights; not in `total`
 
     @property
     def total(self) -> int:
-        return self.weights + self.main_grads + self.optimizer
+        return self.weights + self.main_grads + self.optimizer + self.casts
 
 
 def rank_params(model: ModelConfig, parallel: ParallelConfig, *, layers, embedding: bool, head: bool) -> tuple[int, int]:
@@ -244,10 +245,12 @@ def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool) -> 
     if o.ema_decay:
         on_their_way = not o.offload and not config.cluster.device.startswith("CPU")  # masters, copied from the device
         host += main_width * owned * (1 + on_their_way)
+    entries = 2 * config.model.dim**2 * sum(layer >= config.model.num_layers for layer in layers)  # of prediction modules: not in FP8
     return StateBytes(
         weights=width * (dense + experts),
         main_grads=main_width * (dense + experts),
         optimizer=0 if o.offload else state,
+        casts=2 * (matrices - entries + experts) if config.precision.linear == "fp8" else 0,
         host=host,
     )
 

@@ -20,6 +20,7 @@ BASE = [
 ]  # fmt: skip
 LEVERS = ["[]", "[norm]", "[mla_up]", "[swiglu]", "[norm,mla_up,swiglu]", "[attention]", "[experts]", "[norm,attention,experts]",
           "[norm,mla_up,swiglu,attention,experts]"]  # fmt: skip
+ONE_EXPERT = ["model.num_experts=1", "model.top_k=1", "model.num_groups=1", "model.num_limited_groups=1"]  # row counts need no padding
 MODELS = {"": [], "no latent of queries, no shared expert": ["model.q_lora_rank=0", "model.num_shared_experts=0"]}
 
 
@@ -35,6 +36,7 @@ def kept_by_phase(words):
     config = load([*BASE, *words])
     engine = Engine(config)
     (batch,), saved, kept, values = batches(config), [], [], None
+    engine.executor.evaluate([batch])  # FP8 weights are made, which are no activations
     values = (batch.tokens_BS,)
     with torch.no_grad():
         for phase in engine.stages[0].phases[: engine.stages[0].num_trunk_phases]:
@@ -47,16 +49,16 @@ def kept_by_phase(words):
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("recompute", LEVERS)
-def test_bytes(recompute, compute, model):
-    words = [f"train.recompute={recompute}", f"precision={compute}", *model]
+def test_bytes(recompute, precision, model):
+    words = [f"train.recompute={recompute}", f"precision={precision}", *model, *(ONE_EXPERT if precision == "fp8" else [])]
     ((_, *kept),) = fork_ranks(1, kept_by_phase, words)
     config, tokens = load([*BASE, *words]), 1024
-    width = cost.ELEMENT_BYTES[compute]
+    how = {"width": cost.ELEMENT_BYTES[config.precision.compute], "fp8": precision == "fp8", "recompute": config.train.recompute}
     for layer in range(2):
         measured = sum(count for _, count in kept[4 * layer : 4 * layer + 4])
-        expected = activations.kept_bytes(config.model, layer, width=width, recompute=config.train.recompute, padded_values=True)
+        expected = activations.kept_bytes(config.model, layer, padded_values=True, **how)
         # A block's input is its predecessor's output: as many bytes. Its own output is counted there, and its input's allocation not.
         assert measured / tokens == pytest.approx(expected.total, rel=0.04), (layer, kept, expected)
 
@@ -99,9 +101,8 @@ def _grouped_flops(a_shape, b_shape, *_, **__):
 
 @pytest.mark.parametrize("recompute", ["[mla_up]", "[attention]", "[experts]"])
 def test_flops(recompute):
-    words = ["model.num_experts=1", "model.top_k=1", "model.num_groups=1"]  # every row count is a multiple of the padding
-    ((plain,), (more,)) = (fork_ranks(1, flops_of_a_step, [*words, *extra]) for extra in ([], [f"train.recompute={recompute}"]))
-    config = load([*BASE, *words])
+    ((plain,), (more,)) = (fork_ranks(1, flops_of_a_step, [*ONE_EXPERT, *extra]) for extra in ([], [f"train.recompute={recompute}"]))
+    config = load([*BASE, *ONE_EXPERT])
     expected = sum(activations.recompute_flops(config.model, layer, 64, [recompute[1:-1]]) for layer in range(2))
     if recompute == "[attention]":
         expected -= 2 * cost.attention_flops(config.model, 64)  # the counter does not know the CPU's attention

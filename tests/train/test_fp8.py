@@ -48,18 +48,22 @@ class Counts(TorchDispatchMode):
 
 
 def one_step(words):
+    """Calls in a step, names of the weights that were cast, and the casts' bytes without scales."""
     engine = Engine(load([*BASE, *words]))
     with Counts() as counts:
         engine.executor.step(batches(engine.config))
-    return counts.calls, {name for name, weight in engine.parameters().items() if engine.ops.fp8 and weight in engine.ops.fp8}
+    cast = {name for name, weight in engine.parameters().items() if engine.ops.fp8 and weight in engine.ops.fp8}
+    casts = [engine.ops.fp8.of(engine.parameters()[name]) for name in cast]
+    return counts.calls, cast, sum(cast.blocks.codes.nbytes + cast.transposed.codes.nbytes for cast in casts)
 
 
 @pytest.mark.parametrize("queries", [[], ["model.q_lora_rank=0"]], ids=["latent of queries", "queries from the block's input"])
 def test_every_linear_of_the_recipe_and_nothing_else(queries):
     """The oracle: which weights the released FP8 checkpoint has in FP8 (embedding, head, gates, norms and MTP's entry it has not)."""
     words = ["precision=fp8", *queries]
-    ((calls, quantised),) = fork_ranks(1, one_step, words)
-    m, micro_batches = load([*BASE, *words]).model, 4
+    ((calls, quantised, num_bytes),) = fork_ranks(1, one_step, words)
+    config, micro_batches = load([*BASE, *words]), 4
+    m = config.model
     assert quantised == {p.weight for p in pieces(m, stacked=False) if p.quantised}
 
     grouped = 2 * m.num_moe_layers
@@ -67,10 +71,11 @@ def test_every_linear_of_the_recipe_and_nothing_else(queries):
     assert calls["fp8_matmul"] == 2 * dense * micro_batches and calls["add_fp8_outer"] == dense * micro_batches
     assert calls["fp8_grouped_matmul"] == 2 * grouped * micro_batches and calls["add_fp8_grouped_outer"] == grouped * micro_batches
     assert calls["quantise_blocks"] == dense + grouped * m.num_experts, "each weight once a step, whatever the number of micro-batches"
+    assert cost.rank_state_bytes(config, layers=range(m.num_blocks), embedding=True, head=True).casts == num_bytes
 
 
 def test_bf16_has_none_of_it():
-    ((calls, _),) = fork_ranks(1, one_step, ["precision=bf16"])
+    ((calls, _, _),) = fork_ranks(1, one_step, ["precision=bf16"])
     assert not [name for name in calls if "fp8" in name or "quantise" in name]
 
 
