@@ -32,10 +32,9 @@ USUAL = (
 )  # fmt: skip
 CONFIG_DIR = "--config-dir="  # a word like the others, so that a case's words are its whole configuration
 
-# Each value of each of these meets each value of every other in some case, as far as they can go together.
+# Each value of each of these meets each value of every other, and each of a few layouts, in some case, as far as they can go together.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "layout": ("pp2edp2ep2", "pp4ep2", "edp4ep2", "ep8", "pp2edp2ep2/interleaved_1f1b"),
-    "precision": ("fp64", "fp32", "bf16"),
+    "precision": ("fp64", "fp32", "bf16", "fp8"),
     "optim.engine": ("whole", "deepspeed"),
     "optim.algorithm": ("adamw", "muon"),
     "optim.moments": ("auto", "fp32", "bf16"),
@@ -68,12 +67,18 @@ class Case:
         """What proves this case alone."""
         chosen = [f"routing={self.routing}"] * (self.routing != "natural")
         changed = {word.partition("=")[0] for word in self.options}
-        base = [word for word in self.base if word not in USUAL and word.partition("=")[0] not in changed]
+        usual = [word for word in USUAL if not word.startswith(own_of(self.base))]
+        base = [word for word in self.base if word not in usual and word.partition("=")[0] not in changed]
         return shlex.join(["shoestring", "verify", f"layouts={self.layout}", *chosen, *base, *self.options])
 
     def config(self, *more: str) -> Config:
         """Checked by every owner's rules. Raises ConfigError."""
         return changed(composed(self.base), [*self.options, *layout_words(self.layout), *more])
+
+
+def own_of(words: Sequence[str]) -> tuple[str, ...]:
+    """How usual words begin that give way to the user's experiment, which has its own."""
+    return ("model=", "optim.") if any(word.partition("=")[0].lstrip("+~") == "experiment" for word in words) else ()
 
 
 @functools.cache
@@ -152,11 +157,12 @@ def checked(cases: Sequence[Case]) -> tuple[list[Case], list[Invalid]]:
 # ---------------------------------------------------------------- which options meet
 
 
-def option_cases(base: Sequence[str]) -> list[Case]:
-    """Cases in which every pair of values of `OPTIONS` meets, as far as the configuration allows it. What `base` sets is left alone."""
+def option_cases(base: Sequence[str], layouts_: Sequence[str]) -> list[Case]:
+    """Cases in which every pair of values of `OPTIONS`, and some of the layouts, meets, as far as the configuration allows it. What the
+    user has set is left alone: what is in `base` and not in `USUAL`."""
     usual = composed(tuple(base))
-    set_already = {word.partition("=")[0].lstrip("+~") for word in base}
-    options = {name: values for name, values in OPTIONS.items() if name not in set_already - {"precision"}}
+    given = {word.partition("=")[0].lstrip("+~") for word in base if word not in USUAL}
+    options = {"layout": _few(layouts_)} | {name: values for name, values in OPTIONS.items() if name not in given}
 
     def case(row: Mapping[str, str]) -> Case:
         words = tuple(f"{name}={value}" for name, value in row.items() if name not in ("layout", "routing") and not _is(usual, name, value))
@@ -170,6 +176,12 @@ def option_cases(base: Sequence[str]) -> list[Case]:
         return True
 
     return [case(row) for row in covering(options, possible)]
+
+
+def _few(layouts_: Sequence[str]) -> list[str]:
+    """Four meshes and one of another schedule, as different as they come."""
+    meshes, others = [name for name in layouts_ if "/" not in name], [name for name in layouts_ if "/" in name]
+    return [*dict.fromkeys(meshes[i * len(meshes) // 4] for i in range(4) if meshes), *others[len(others) // 2 :][:1]]
 
 
 def _is(config: Config, name: str, value: str) -> bool:

@@ -19,12 +19,13 @@ import torch
 
 from ...conf.errors import ConfigError, most_like
 from ...conf.schema import Config
+from ...parallel.dispatch import DISPATCHERS
 from ...parallel.optimizer import deepspeed_zero
 from ...train import cost, units
 from .. import exit_codes
 from ..report import write_report
 from . import autoep, certificate, routing, table
-from .cases import CONFIG_DIR, USUAL, Case, checked, composed, layouts, option_cases
+from .cases import CONFIG_DIR, USUAL, Case, checked, composed, layouts, option_cases, own_of
 from .certificate import Invalid
 from .compare import LIMITS
 from .prove import Fault, Verdict, in_folder, prove, prove_other, reference
@@ -190,8 +191,7 @@ def base_words(request: Request) -> tuple[str, ...]:
     asked = [f"train.global_batch_tokens={batch}", f"train.steps={request.steps}", f"train.seed={request.seed}"]
     before_last = f"checkpoint.interval={max(1, request.steps - 1)}"
     usual = together(USUAL, AUTOEP if request.target == "deepspeed" else (), asked, [before_last])
-    own = ("model=", "optim.") if "experiment" in given else ()  # an experiment has its own
-    usual = [word for word in usual if word.partition("=")[0] not in given and not word.startswith(own)]
+    usual = [word for word in usual if word.partition("=")[0] not in given and not word.startswith(own_of(request.words))]
     given_words = (*request.words, *([f"{CONFIG_DIR}{request.config_dir}"] if request.config_dir else []))
     for _ in range(8):
         words = (*usual, *given_words)
@@ -218,11 +218,11 @@ def choose_cases(request: Request, base: tuple[str, ...]) -> Iterator[Case]:
     every = [case(layout) for layout in layouts(request.world)]
     if request.layouts == "all":
         yield from every
-        yield from option_cases(base)
+        yield from option_cases(base, [case.layout for case in checked(every)[0] if not case.layout.endswith(DISPATCHERS)])
     elif request.layouts == "exhaustive":
         yield from every
         for layout in checked(every)[0]:
-            yield from (Case(layout=layout.layout, options=c.options, routing=c.routing, base=base) for c in option_cases(base))
+            yield from option_cases(base, [layout.layout])
     elif request.layouts == "smoke":
         given = {word.partition("=")[0] for word in request.words}
         for layout, options in SMOKE:

@@ -145,7 +145,7 @@ def _told(ties: list[str]) -> str:
 
 
 def limits_of(config: Config) -> Limits:
-    precision, o = config.precision.compute, config.optim
+    precision, o = config.precision.products, config.optim
     inside = precision == "fp32" and (o.algorithm == "muon" or o.moment_precision(precision) == "bf16")
     return LIMITS["fp32 with bf16 inside" if inside else precision]
 

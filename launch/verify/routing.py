@@ -86,9 +86,11 @@ def _read(path: Path, config: Config) -> dict[int, Tensor]:
         chosen = found.get(f"layers.{layer}")
         if chosen is None:
             raise ConfigError("routing", f"trace:{path}", f"has no layers.{layer}: it is the trace of a model with other layers")
-        if chosen.dim() != 4 or chosen.shape[2:] != (config.data.seq_len, m.top_k):
+        if chosen.dim() != 4 or chosen.shape[2:] != (config.data.seq_len, m.top_k) or not chosen.numel():
             wanted = f"(steps, samples, data.seq_len = {config.data.seq_len}, model.top_k = {m.top_k})"
             raise ConfigError("routing", f"trace:{path}", f"layers.{layer} is {tuple(chosen.shape)}; wanted is {wanted}")
+        if chosen.is_floating_point():
+            raise ConfigError("routing", f"trace:{path}", f"layers.{layer} holds {chosen.dtype}, not the numbers of experts")
         if chosen.min() < 0 or chosen.max() >= m.num_experts or (chosen.sort(-1).values.diff(dim=-1) == 0).any():
             raise ConfigError("routing", f"trace:{path}", f"layers.{layer} names experts twice, or others than 0 to {m.num_experts - 1}")
         trace[layer] = chosen.long()
