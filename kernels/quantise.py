@@ -37,8 +37,9 @@ class Quantised:
 # ---------------------------------------------------------------- references
 
 
-def scales_reference(largest: Tensor, *, power_of_two: bool = False, floor: float = ACTIVATION_FLOOR) -> Tensor:
-    scales = largest.clamp_min(floor) / E4M3_MAX
+def scales_reference(largest: Tensor, *, power_of_two: bool = False, floor: float = ACTIVATION_FLOOR, top: float = E4M3_MAX) -> Tensor:
+    """What makes the largest |x| of a tile into `top`."""
+    scales = largest.clamp_min(floor) / top
     if power_of_two:  # 2^ceil(log2(scale)), exactly: a logarithm would round
         mantissa, exponent = torch.frexp(scales)
         rounded = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
@@ -46,7 +47,7 @@ def scales_reference(largest: Tensor, *, power_of_two: bool = False, floor: floa
     return scales
 
 
-def _largest(tiles: Tensor, dim) -> Tensor:
+def largest_reference(tiles: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim)
 
 
@@ -57,7 +58,7 @@ def _cast(scaled: Tensor) -> Tensor:
 def quantise_rows_reference(x_TK: Tensor, *, power_of_two: bool = False, floor: float = ACTIVATION_FLOOR) -> Quantised:
     T, K = x_TK.shape
     tiles = F.pad(x_TK.float(), (0, -K % BLOCK)).view(T, -(-K // BLOCK), BLOCK)
-    scales = scales_reference(_largest(tiles, 2), power_of_two=power_of_two, floor=floor)
+    scales = scales_reference(largest_reference(tiles, 2), power_of_two=power_of_two, floor=floor)
     codes = _cast(tiles / scales[:, :, None]).flatten(1)[:, :K]
     return Quantised(codes.contiguous(), scales.T.contiguous())
 
@@ -66,7 +67,7 @@ def quantise_blocks_reference(w_NK: Tensor) -> Quantised:
     N, K = w_NK.shape
     padded = F.pad(w_NK.float(), (0, -K % BLOCK, 0, -N % BLOCK))
     tiles = padded.view(-(-N // BLOCK), BLOCK, -(-K // BLOCK), BLOCK)
-    scales = scales_reference(_largest(tiles, (1, 3)))
+    scales = scales_reference(largest_reference(tiles, (1, 3)))
     codes = _cast(tiles / scales[:, None, :, None]).view(padded.shape)[:N, :K]
     return Quantised(codes.contiguous(), scales)
 
@@ -94,9 +95,9 @@ def dequantise_blocks(q: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def scale_of(largest, floor, POWER_OF_TWO: tl.constexpr):
+def scale_of(largest, floor, POWER_OF_TWO: tl.constexpr, TOP: tl.constexpr = 448.0):
     """`scales_reference`, to the bit: a correctly rounded division, and the power of two from the exponent's bits."""
-    scale = tl.math.div_rn(tl.maximum(largest, floor), 448.0)
+    scale = tl.math.div_rn(tl.maximum(largest, floor), TOP)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         up = ((bits & 0x7FFFFF) != 0).to(tl.int32)
@@ -147,45 +148,44 @@ def quantise_columns_kernel(x, row_scales, codes, scales, T, K, floor, FROM_FP8:
     tl.store(scales + block.to(tl.int64) * K + k, scale, mask=k < K)
 
 
-SOURCES = ("bf16", "fp32")
+_SIZES = {"T": "i32", "K": "i32:16", "floor": "fp32"}
 CONFIGS = (
     *(
         KernelConfig(
             kernel=quantise_rows_kernel,
-            name=f"quantise_rows {source}{', powers of two' if power_of_two else ''}",
-            signature={"x": f"*{source}", "codes": "*fp8e4nv", "scales": "*fp32", "T": "i32", "K": "i32:16", "floor": "fp32"},
-            meta={"POWER_OF_TWO": power_of_two, "ROWS": 32},
+            name=f"quantise_rows{', powers of two' if power_of_two else ''}",
+            signature={"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", **_SIZES},
+            meta={"POWER_OF_TWO": power_of_two, "ROWS": 16},
             architectures=FP8_TENSOR_CORES,
         )
-        for source in SOURCES
         for power_of_two in (False, True)
     ),
-    *(
-        KernelConfig(
-            kernel=quantise_blocks_kernel,
-            name=f"quantise_blocks {source}",
-            signature={"w": f"*{source}", "codes": "*fp8e4nv", "scales": "*fp32", "N": "i32", "K": "i32:16", "floor": "fp32"},
-            meta={},
-            num_warps=8,
-            architectures=FP8_TENSOR_CORES,
-        )
-        for source in SOURCES
+    KernelConfig(
+        kernel=quantise_blocks_kernel,
+        name="quantise_blocks",
+        signature={"w": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "N": "i32", "K": "i32:16", "floor": "fp32"},
+        meta={},
+        num_warps=16,
+        architectures=FP8_TENSOR_CORES,
     ),
     *(
         KernelConfig(
             kernel=quantise_columns_kernel,
-            name="columns_of" if source == "fp8e4nv" else f"quantise_columns {source}",
-            signature={
-                **{"x": f"*{source}", "row_scales": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32"},
-                **{"T": "i32", "K": "i32:16", "floor": "fp32"},
-            },
-            meta={"FROM_FP8": source == "fp8e4nv", "COLUMNS": 64},
+            name="columns_of" if from_fp8 else "quantise_columns",
+            signature={"x": "*fp8e4nv" if from_fp8 else "*bf16", "row_scales": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32", **_SIZES},
+            meta={"FROM_FP8": from_fp8, "COLUMNS": 64},
             num_warps=8,
             architectures=FP8_TENSOR_CORES,
         )
-        for source in (*SOURCES, "fp8e4nv")
+        for from_fp8 in (False, True)
     ),
 )
+
+
+def _matrix(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    if x.dtype != dtype:
+        raise TypeError(f"on a GPU this cast to FP8 reads {dtype}, and was given {x.dtype}: no kernel for that is compiled and checked")
+    return x.contiguous()
 
 
 def _outputs(x: Tensor, shape: tuple[int, int], scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ def _outputs(x: Tensor, shape: tuple[int, int], scales: tuple[int, int]) -> tupl
 
 
 def quantise_rows_triton(x: Tensor, power_of_two: bool, floor: float) -> tuple[Tensor, Tensor]:
-    (T, K), x = x.shape, x.contiguous()
+    (T, K), x = x.shape, _matrix(x)
     codes, scales = _outputs(x, (T, K), (triton.cdiv(K, BLOCK), T))
     config = choose(CONFIGS, quantise_rows_kernel, POWER_OF_TWO=power_of_two)
     if T:
@@ -203,7 +203,7 @@ def quantise_rows_triton(x: Tensor, power_of_two: bool, floor: float) -> tuple[T
 
 
 def quantise_blocks_triton(w: Tensor) -> tuple[Tensor, Tensor]:
-    (N, K), w = w.shape, w.contiguous()
+    (N, K), w = w.shape, _matrix(w)
     grid = triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK)
     codes, scales = _outputs(w, (N, K), grid)
     config = choose(CONFIGS, quantise_blocks_kernel)
@@ -212,7 +212,7 @@ def quantise_blocks_triton(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_columns_triton(x: Tensor, row_scales: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
-    (T, K), x = x.shape, x.contiguous()
+    (T, K), x = x.shape, _matrix(x, torch.bfloat16 if row_scales is None else torch.float8_e4m3fn)
     codes, scales = _outputs(x, (K, T), (triton.cdiv(T, BLOCK), K))
     config = choose(CONFIGS, quantise_columns_kernel, FROM_FP8=row_scales is not None)
     if T:
@@ -268,7 +268,7 @@ def _(x, row_scales, floor):
 
 
 def quantise_rows(x_TK: Tensor, *, power_of_two: bool = False, floor: float = ACTIVATION_FLOOR) -> Quantised:
-    """(T, K) in BF16 or FP32 -> codes (T, K), scales (ceil(K / 128), T): K-block-major, so that a matrix tile's scales load together.
+    """(T, K), BF16 (on CPU, any float) -> codes (T, K), scales (ceil(K / 128), T): K-block-major, so that a tile's scales load together.
 
     `power_of_two`: scales are rounded up to 2^n, for what is dispatched and for the attention output projection's input. T may be 0.
     """
@@ -276,12 +276,12 @@ def quantise_rows(x_TK: Tensor, *, power_of_two: bool = False, floor: float = AC
 
 
 def quantise_blocks(w_NK: Tensor) -> Quantised:
-    """A weight (N, K) in BF16 or FP32 -> codes (N, K), scales (ceil(N / 128), ceil(K / 128))."""
+    """A weight (N, K), BF16 (on CPU, any float) -> codes (N, K), scales (ceil(N / 128), ceil(K / 128))."""
     return Quantised(*_blocks(w_NK))
 
 
 def quantise_columns(x_TK: Tensor, *, floor: float = ACTIVATION_FLOOR) -> Quantised:
-    """(T, K) in BF16 or FP32 -> of its transpose by rows: codes (K, T), scales (ceil(T / 128), K). What wgrad reads."""
+    """(T, K), BF16 (on CPU, any float) -> of its transpose by rows: codes (K, T), scales (ceil(T / 128), K). What wgrad reads."""
     return Quantised(*_columns(x_TK, None, floor))
 
 

@@ -15,6 +15,7 @@ tl.dot are not rounded to TF32.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from unittest.mock import patch
 
@@ -184,9 +185,11 @@ def interpreted() -> Iterator[None]:
         patch.object(JITFunction, "run", launch),
         patch.object(JITFunction, "__call__", call),
         triton.knobs.runtime.scope(),
+        warnings.catch_warnings(),
     ]
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(change)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about the NaNs and infinities that a test is about
         triton.knobs.runtime.interpret = True
         yield
