@@ -17,6 +17,8 @@ from shoestring.conf.compose import load, to_yaml
 from shoestring.launch.report import write_report
 from shoestring.launch.report_charts import thin
 from shoestring.launch.report_page import Chart, Page, render
+from shoestring.launch.verify import certificate
+from shoestring.launch.verify.certificate import Invalid, Measure, Result
 from shoestring.train import metrics
 from shoestring.train.metrics import StepRecord
 from shoestring.train.sinks import JsonlSink
@@ -163,6 +165,61 @@ def test_a_half_written_run_says_what_is_missing(tmp_path, files, said):
 def test_no_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a run directory"):
         write_report(tmp_path / "nowhere")
+
+
+EVIL = "</td><script>alert(1)</script>&amp;"
+
+
+def make_certificate(path, *, failing=False, **changes):
+    gradient = Measure(quantity="gradient", where=f"embed {EVIL}, step 1", value=5e-15, limit=1e-10)
+    fields = dict(
+        layout="pp2ep2", options=[f"model.mtp_depth=1{EVIL}"], routing="ties", passed=True, worst=gradient, broken=[], resumed_on="pp4",
+        notes=[f"near-tie {EVIL}"], error="", seconds=12.3, command="shoestring verify layouts=pp2ep2",
+    )  # fmt: skip
+    cases = [Result(**fields)]
+    if failing:
+        broken = dict(passed=False, broken=[dataclasses.replace(gradient, value=None)], smallest=f"verify smallest {EVIL}")
+        cases += [Result(**fields | broken | {"layout": "ep8"}), Result(**fields | {"passed": False, "error": f"Trace\nRank 1 {EVIL}"})]
+    invalid = [Invalid(name="ep3", why=f"no divisor {EVIL}"), Invalid(name="ep5", why=f"no divisor {EVIL}")]
+    made = certificate.certificate(load([]), cases, invalid, {}, command=f"shoestring verify {EVIL}", seconds=61.0)
+    certificate.write(path, dataclasses.replace(made, limits={"fp64": {"gradient": 1e-10}}, **changes))
+
+
+def test_a_certificate_alone_is_a_page(tmp_path):
+    make_certificate(tmp_path)
+    page, figures = read(tmp_path)
+    said = ("Shoestring certificate", "1 of 1 cases passed", "1 of 1 case on 1 layout computes what one process computes.",
+            "5.0e-15 of 1e-10", "mtp_depth=1", "routing=ties", "near-tie", "ep3, ep5", "torch", "0:12", "1e-10")  # fmt: skip
+    assert all(text in page.text for text in said)
+    assert not figures and "script" not in page.tags and "Missing or unusual" not in page.text and "–" not in page.text
+    assert page.text.count(EVIL) >= 5
+
+
+def test_cases_that_fail_come_first_and_say_how_to_see_it_again(tmp_path):
+    make_certificate(tmp_path, failing=True, passed=False)
+    page, _ = read(tmp_path)
+    assert "2 of 3 cases on 2 layouts do not compute what one process computes." in page.text
+    rows = re.findall(r'<tr class="(pass|fail|more)">', (tmp_path / "report.html").read_text())
+    assert rows == ["fail", "more", "fail", "more", "pass"]
+    assert f"verify smallest {EVIL}" in page.text and f"Rank 1 {EVIL}" in page.text and "script" not in page.tags
+
+
+def test_a_run_has_its_certificate_beside_its_curves(tmp_path):
+    make_run(tmp_path, [record(s) for s in range(1, 121)])
+    before, _ = read(tmp_path)
+    assert "Layouts proved" not in before.text
+    make_certificate(tmp_path)
+    page, figures = read(tmp_path)
+    assert "Layouts proved" in page.text and "finished: 120 steps" in page.text and "loss" in figures
+    assert page.tags.count("script") == 2 and not {"src", "href", "onload"} & {name for name, _ in page.attributes}
+
+
+def test_a_damaged_certificate_is_told(tmp_path):
+    make_run(tmp_path, [record(1)])
+    for text in ("{", '{"cases": []}', "\udcff"):
+        (tmp_path / certificate.FILE).write_text(text, errors="surrogateescape")
+        page, _ = read(tmp_path)
+        assert "certificate.json cannot be read" in page.text and "Layouts proved" not in page.text
 
 
 def test_restarts_are_marked_and_lost_steps_priced(tmp_path):
