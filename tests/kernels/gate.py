@@ -46,7 +46,8 @@ class Compiled:
     config: KernelConfig
     architecture: int
     registers: int  # per thread
-    spilled: int  # bytes per thread, stored and loaded, and stack
+    spilled: int  # bytes per thread, stored and loaded
+    local: int  # instructions that use a thread's local memory, for spills or for arrays
     shared: int  # bytes per program
     matrix: Counter  # tensor-core instruction -> how many
     serialised: bool
@@ -100,7 +101,7 @@ def compile_ahead(config: KernelConfig, architecture: int) -> Compiled:
     specialised = "ttg.warp_specialize" in kernel.asm["ttgir"]
     # under warp specialisation every consumer warpgroup has its own code
     threads = 128 if specialised else 32 * config.num_warps
-    spills = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     if not spills:
         raise RuntimeError(f"{config.name}: ptxas no longer says what it spilled, and the gate would be blind:\n{log}")
     return Compiled(
@@ -108,6 +109,7 @@ def compile_ahead(config: KernelConfig, architecture: int) -> Compiled:
         architecture=architecture,
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spilled=sum(spills),
+        local=sum(op[:3] in ("LDL", "STL") for _, op, _ in code),
         shared=kernel.metadata.shared,
         matrix=Counter(op for _, op, _ in code if re.match(ANY_MMA, op)),
         serialised="serializ" in log.lower(),
@@ -166,8 +168,8 @@ def _macs(operation: str) -> float:
 def faults(found: Compiled) -> list[str]:
     """Why this configuration must not be shipped; empty where all is well."""
     config, bad = found.config, []
-    if found.spilled:
-        bad.append(f"spills {found.spilled} bytes a thread")
+    if found.spilled or found.local:
+        bad.append(f"spills {found.spilled} bytes a thread; {found.local} instructions use local memory")
     if found.shared > SHARED_MEMORY[found.architecture]:
         bad.append(f"{found.shared} bytes of shared memory, of {SHARED_MEMORY[found.architecture]}")
     if found.serialised:

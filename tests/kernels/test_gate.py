@@ -107,4 +107,4 @@ def test_only_what_is_listed_is_launched():
 
 def test_the_table():
     found = gate.compile_ahead(GOOD[1], 90)
-    assert gate.table([found]).splitlines()[-1] == f"| eight warps | sm_90 | 8, 3 | {found.registers} | 96.1 | 4 QGMMA | 16384 | ok |"
+    assert gate.table([found]).splitlines()[-1] == f"| eight warps | sm_90 | 8, 3 | {found.registers} | 96 | 4 QGMMA | 16384 | ok |"
