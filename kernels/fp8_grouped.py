@@ -1,7 +1,7 @@
 """One FP8 matrix product per expert over rows sorted by expert; `fp8_linear.py` has the recipe.
 
 Each expert's rows are padded to a multiple of 128 with zeros: the weight gradient sums blocks of 128 rows, and none may belong to two
-experts.
+experts. The kernels are those of `fp8_linear.py`, told where each expert's rows end.
 
 R rows, padding included   e experts on this rank   I input dim   O output dim
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .fp8_linear import add_fp8_outer_reference, fp8_matmul_reference
+from .fp8_linear import add_fp8_outer_reference, add_outer_triton, fp8_matmul_reference, matmul_triton
 from .fp8_weights import WeightCache
 from .grouped import RowGroups
 from .quantise import BLOCK, GRADIENT_FLOOR, Quantised, columns_of, quantise_columns, quantise_rows
@@ -44,7 +44,8 @@ def _sizes(ends_e: Tensor) -> list[int]:
 
 @torch.library.custom_op("shoestring::fp8_grouped_matmul", mutates_args=())
 def _matmul(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    return fp8_grouped_matmul_reference(Quantised(a, a_scales), Quantised(b, b_scales), ends, dtype)
+    a, b = Quantised(a, a_scales), Quantised(b, b_scales)
+    return matmul_triton(a, b, dtype, ends) if ends.is_cuda else fp8_grouped_matmul_reference(a, b, ends, dtype)
 
 
 @_matmul.register_fake
@@ -54,7 +55,8 @@ def _(a, a_scales, b, b_scales, ends, dtype):
 
 @torch.library.custom_op("shoestring::add_fp8_grouped_outer", mutates_args={"main"})
 def _add_outer(main: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> None:
-    add_fp8_grouped_outer_reference(main, Quantised(a, a_scales), Quantised(b, b_scales), ends)
+    add_outer = add_outer_triton if main.is_cuda else add_fp8_grouped_outer_reference
+    add_outer(main, Quantised(a, a_scales), Quantised(b, b_scales), ends)
 
 
 @_add_outer.register_fake

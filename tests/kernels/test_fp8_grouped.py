@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from shoestring.kernels.fp8_grouped import fp8_grouped_linear
-from shoestring.kernels.fp8_linear import fp8_linear
+from shoestring.kernels.fp8_grouped import add_fp8_grouped_outer, fp8_grouped_linear, fp8_grouped_matmul
+from shoestring.kernels.fp8_linear import CONFIGS, add_fp8_outer_kernel, add_outer_triton, fp8_linear, fp8_matmul_kernel, matmul_triton
 from shoestring.kernels.fp8_weights import WeightCache
 from shoestring.kernels.grouped import RowGroups, row_alignment
-from shoestring.kernels.quantise import quantise_blocks, quantise_rows
+from shoestring.kernels.quantise import quantise_blocks, quantise_columns, quantise_rows
 from shoestring.kernels.weight_grad import WeightGradStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from .triton_interpreter import interpreted
+
 SIZES = {
     "even": [128, 128],
-    "uneven": [256, 128, 384],
+    "uneven": [128, 384],
     "experts without rows, at both ends and inside": [0, 256, 0, 128, 0],
     "one expert takes all": [0, 0, 256],
     "a single expert": [128],
@@ -94,3 +96,24 @@ def test_operators():
         run(lambda x, w, s: fp8_grouped_linear(x, w, groups, WeightCache(), s), rows, weight, grad)
     assert counter.get_total_flops() == 3 * 2 * 256 * I * O
     assert quantise_blocks(weight[0]).scales.shape == b.scales.shape[1:]
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_kernels(sizes):
+    """Interpreted, in every form that this can tell apart (it knows no warps), against the references."""
+    groups = RowGroups.of(sizes)
+    rows, weight, grad = tensors(sizes)
+    a, b = quantise_rows(rows), WeightCache().of(torch.nn.Parameter(weight)).blocks
+    columns = quantise_columns(grad), quantise_columns(rows)
+    product, sums = fp8_grouped_matmul(a, b, groups, torch.bfloat16), torch.ones(len(sizes), O, I)
+    add_fp8_grouped_outer(sums, *columns, groups)
+    for config in (c for c in CONFIGS if c.meta["GROUPED"] and c.num_warps == 4):
+        with interpreted():
+            if config.kernel is fp8_matmul_kernel:
+                found, wanted = matmul_triton(a, b, torch.bfloat16, groups.ends_e, config=config), product
+            else:
+                assert config.kernel is add_fp8_outer_kernel
+                found, wanted = torch.ones_like(sums), sums
+                add_outer_triton(found, *columns, groups.ends_e, config=config)
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-5 * max([1, *wanted.abs().flatten()]))

@@ -9,11 +9,22 @@ import math
 
 import pytest
 import torch
-from shoestring.kernels.fp8_linear import add_fp8_outer, fp8_linear, fp8_matmul
+from shoestring.kernels.fp8_linear import (
+    CONFIGS,
+    add_fp8_outer,
+    add_fp8_outer_kernel,
+    add_outer_triton,
+    fp8_linear,
+    fp8_matmul,
+    fp8_matmul_kernel,
+    matmul_triton,
+)
 from shoestring.kernels.fp8_weights import WeightCache
 from shoestring.kernels.quantise import dequantise_blocks, dequantise_rows, quantise_blocks, quantise_rows
 from shoestring.kernels.weight_grad import WeightGradStore
 from torch.utils.flop_counter import FlopCounterMode
+
+from .triton_interpreter import interpreted
 
 SHAPES = {  # M, N, K
     "whole blocks": (256, 128, 384),
@@ -173,3 +184,44 @@ def test_operators():
     with FlopCounterMode(display=False) as counter:
         run(normal(32, 160), normal(48, 160), normal(32, 48))
     assert counter.get_total_flops() == 3 * 2 * 32 * 160 * 48
+
+
+def of(kernel):
+    """Forms that the interpreter can tell apart: it knows no warps."""
+    listed = [c for c in CONFIGS if c.kernel is kernel and not c.meta["GROUPED"] and c.num_warps == 4]
+    return pytest.mark.parametrize("config", listed, ids=lambda config: config.name)
+
+
+class TestKernels:
+    """Interpreted, against the references: sums of the same products, perhaps in another order."""
+
+    @of(fp8_matmul_kernel)
+    @pytest.mark.parametrize(("M", "N", "K"), SHAPES.values(), ids=SHAPES)
+    def test_matmul(self, M, N, K, config):
+        a, b = quantise_rows(normal(M, K, spread=2)), quantise_blocks(normal(N, K, seed=1, spread=2))
+        with interpreted():
+            found = matmul_triton(a, b, torch.bfloat16, config=config)
+        wanted = fp8_matmul(a, b, torch.float32)
+        torch.testing.assert_close(found.float(), wanted, rtol=2**-8, atol=1e-6 * max([1, *wanted.abs().flatten()]))
+
+    @of(add_fp8_outer_kernel)
+    @pytest.mark.parametrize(("M", "N", "K"), [*list(SHAPES.values())[:-1], (128, 64, 0)], ids=[*list(SHAPES)[:-1], "nothing to sum"])
+    def test_outer(self, M, N, K, config):
+        a, b = quantise_rows(normal(M, K, spread=2)), quantise_rows(normal(N, K, seed=1, spread=2))
+        main = normal(M, N, seed=2, dtype=torch.float32)
+        wanted = main.clone()
+        add_fp8_outer(wanted, a, b)
+        with interpreted():
+            add_outer_triton(main, a, b, config=config)
+        torch.testing.assert_close(main, wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
+
+    def test_nan_stays_in_its_row(self):
+        rows = normal(48, 176)
+        rows[5, 170] = torch.nan
+        with interpreted():
+            out = matmul_triton(quantise_rows(rows), quantise_blocks(normal(32, 176, seed=1)), torch.bfloat16, config=CONFIGS[0])
+        assert out.isnan().any(1).nonzero().flatten().tolist() == [5] and out[5].isnan().all()
+
+    def test_only_bf16_is_launched(self):
+        with pytest.raises(TypeError, match=r"only torch\.bfloat16"):
+            matmul_triton(quantise_rows(normal(16, 16)), quantise_blocks(normal(16, 16)), torch.float32)

@@ -126,6 +126,7 @@ class Builder(stock.InterpreterBuilder):
 
     # memory
     def _check_addresses(self, addresses, mask):
+        mask = np.asarray(mask)  # of a descriptor's load, a memory view
         used = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[
             np.broadcast_to(mask.astype(bool), addresses.shape)
         ]
