@@ -193,12 +193,13 @@ def base_words(request: Request) -> tuple[str, ...]:
     usual = together(USUAL, AUTOEP if request.target == "deepspeed" else (), asked, [before_last])
     usual = [word for word in usual if word.partition("=")[0] not in given and not word.startswith(own_of(request.words))]
     given_words = (*request.words, *([f"{CONFIG_DIR}{request.config_dir}"] if request.config_dir else []))
+    if named := _phases(given_words):
+        rule = "a run of several phases is not proved as a whole: name the model and the settings of the phase instead"
+        raise ConfigError("phases", ", ".join(named), rule)
     for _ in range(8):
         words = (*usual, *given_words)
         try:
-            if composed(words).phases:
-                rule = "a run of several phases is not proved as a whole: name the model and the settings of the phase instead"
-                raise ConfigError("phases", ", ".join(composed(words).phases), rule)
+            composed(words)
             return words
         except ConfigError as error:
             at = next((i for i, word in enumerate(usual) if word.partition("=")[0] == error.field), None)
@@ -211,6 +212,14 @@ def base_words(request: Request) -> tuple[str, ...]:
 def together(*parts: Sequence[str]) -> list[str]:
     """The words of all parts, of each setting only the last."""
     return list({word.partition("=")[0]: word for part in parts for word in part}.values())
+
+
+def _phases(words: tuple[str, ...]) -> list[str]:
+    """Those that the user's words name, if they make a configuration without ours."""
+    try:
+        return list(composed(words).phases)
+    except ConfigError:
+        return []
 
 
 def choose_cases(request: Request, base: tuple[str, ...]) -> Iterator[Case]:
