@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from shoestring.kernels.attention import causal_attention
+from shoestring.kernels import attention as module
+from shoestring.kernels.attention import attention_kernel, causal_attention
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def plain(q, k, v, scale):
@@ -36,3 +40,42 @@ def test_the_future_is_not_seen(kit):
     k[:, :, 5:], v[:, :, 5:] = 7.0, 7.0
     after = causal_attention(q, k, v, 0.4)
     assert torch.equal(before[:, :, :5], after[:, :, :5]) and not torch.equal(before[:, :, 5:], after[:, :, 5:])
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("value_dim", [16, 24, 40])
+def test_the_kernel_named_is_the_one_that_runs(value_dim):
+    q, v = torch.randn(1, 2, 9, 24), torch.randn(1, 2, 9, value_dim)
+    named = attention_kernel(q, q, v)
+    with Calls() as calls:
+        causal_attention(q, q, v, 0.3)
+    assert (
+        any("flash_attention_for_cpu" in name for name in calls.names) == (named.backend == SDPBackend.FLASH_ATTENTION) == (value_dim <= 24)
+    )
+    assert any("constant_pad" in name for name in calls.names) == (named.padding > 0) == (value_dim < 24)
+
+
+def test_on_a_gpu_the_first_that_takes_the_heads(monkeypatch):
+    """MLA's heads; a GPU's kernels are asked one after the other, flash a second time with values padded."""
+    q, v = torch.empty(1, 2, 4, 192), torch.empty(1, 2, 4, 128)
+    accepts = dict.fromkeys(("cudnn", "flash", "efficient"), False)
+    monkeypatch.setattr(cuda, "can_use_cudnn_attention", lambda params, debug: accepts["cudnn"])
+    monkeypatch.setattr(cuda, "can_use_flash_attention", lambda params, debug: accepts["flash"] and params.value.shape[-1] == 192)
+    monkeypatch.setattr(cuda, "can_use_efficient_attention", lambda params, debug: accepts["efficient"])
+    found = lambda: module._on_gpu(q, q, v, 64)
+    assert found().backend == SDPBackend.MATH and "S x S" in str(found())
+    accepts["efficient"] = True
+    assert found().backend == SDPBackend.EFFICIENT_ATTENTION and found().padding == 0
+    accepts["flash"] = True
+    assert str(found()) == "attention by flash, values padded by 64 columns: 20% more work"
+    accepts["cudnn"] = True
+    assert str(found()) == "attention by cudnn"

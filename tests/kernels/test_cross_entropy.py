@@ -5,6 +5,8 @@ import shoestring.kernels.cross_entropy as module
 import torch
 import torch.nn.functional as F
 from shoestring.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from shoestring.kernels.weight_grad import WeightGradStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize("chunk", [1 << 22, 4 * 11 * 3, 1])  # all rows at once; three and a rest; one by one
@@ -37,3 +39,33 @@ def test_evaluation_keeps_nothing(kit):
     with torch.no_grad():
         loss = linear_cross_entropy(x, weight, torch.tensor([1, 2, 3, 4]), 1.0, kit.store)
     assert not loss.requires_grad and len(kit.store) == 0
+
+
+class Largest(TorchDispatchMode):
+    """What makes tensors of `at_least` elements or more."""
+
+    def __init__(self, at_least):
+        super().__init__()
+        self.at_least, self.makers = at_least, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.at_least:
+            self.makers.append((str(function), out.dtype))
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_vocabularys_logits_never_exist_at_once(monkeypatch, training):
+    """64 tokens x 32 words, eight tokens at a time. Training keeps the logits' *gradient*, in BF16; evaluation nothing."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 32 * 8)
+    x, weight = torch.randn(64, 4, dtype=torch.bfloat16, requires_grad=training), torch.nn.Parameter(torch.randn(32, 4).bfloat16())
+    weight.main_grad, store = torch.zeros(32, 4), WeightGradStore()
+    with Largest(8 * 32 + 1) as largest, torch.set_grad_enabled(training):
+        loss = linear_cross_entropy(x, weight, torch.arange(64) % 32, 1.0, store)
+        if training:
+            loss.backward()
+            with torch.no_grad():
+                [closure() for closure in store.take()]
+    kept = [(maker, dtype) for maker, dtype in largest.makers if "view" not in maker and "aten.t." not in maker and "detach" not in maker]
+    assert kept == ([("aten.new_empty.default", torch.bfloat16)] if training else [])
