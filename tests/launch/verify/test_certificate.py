@@ -117,6 +117,13 @@ def test_columns_stand_under_one_another(width):
     assert ends == {len(header)}
 
 
+def test_a_long_place_goes_on_in_its_column():
+    long = verdict(worst=dataclasses.replace(GRADIENT, where="layers.10.mlp.experts.gate_up of expert 101, step 2, rank 1, " * 2)).result()
+    shown = table.Table([long.layout], ["pp2ep2/interleaved_1f1b"], 140)
+    first, second, *_ = shown.row(long).splitlines()
+    assert len(second) - len(second.lstrip()) == shown.header().index("where") == first.index("gradient")
+
+
 def test_colour_changes_no_letter():
     plain, coloured = rows(100)[1], rows(100, colour=True)[1]
     assert all(re.sub(r"\x1b\[[0-9;]*m", "", coloured[name]) == plain[name] != coloured[name] for name in plain)
