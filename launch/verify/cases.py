@@ -191,7 +191,8 @@ def _is(config: Config, name: str, value: str) -> bool:
 
 
 def covering(options: Mapping[str, Sequence[str]], possible: Callable[[Mapping[str, str]], bool], seed: int = 0) -> list[dict[str, str]]:
-    """Few rows in which each pair of values of different options occurs, if any possible row has it. `possible(row)`: of a whole row.
+    """Few rows in which each pair of values of different options occurs, if a possible row has it, with at most two further values that are
+    not the first of theirs. `possible(row)`: of a whole row.
 
     Greedy: a row begins with a pair that is still missing, and takes for every other option, in random order, the value that meets the
     most missing pairs among those with which some row is still found.

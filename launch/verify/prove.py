@@ -258,7 +258,7 @@ def _export(
     if known.logits is None:
         return []
     value = ((logits - known.logits).norm() / known.logits.norm()).item()
-    return [Deviation(quantity="exported logits", where="after the last step", value=value, limit=limits.update)]
+    return [Deviation(quantity="exported logits", where="the model after the last step", value=value, limit=limits.update)]
 
 
 def _exported_logits(config: Config, folder: Path, fault: Fault | None = None) -> Tensor | str:
