@@ -141,7 +141,7 @@ def _page(run: Run) -> Page:
         notes.append(f"The loss was not a number at {len(odd)} step(s), the first at step {odd[0]}.")
     if run.config and run.records and run.records[-1].mfu is None:
         c = run.config
-        notes.append(f"MFU is unknown: the cluster {c.cluster.name} has no peak for {c.precision.compute}.")
+        notes.append(f"MFU is unknown: the cluster {c.cluster.name} has no peak for {c.precision.products}.")
     first_moe_layer = run.config.model.num_dense_layers if run.config else 0
     charts = make_charts(run.records, run.loaded, first_moe_layer=first_moe_layer)
     return Page(
@@ -167,7 +167,7 @@ def _facts(run: Run) -> list[str]:
         c = run.config
         kind = "rank" if cost.num_devices(c) != c.parallel.world_size else c.cluster.device
         layout = metrics.layout_name(c.parallel).replace(" x ", " × ")
-        facts = [c.model.name, layout, f"{c.parallel.world_size:,} × {kind}", c.precision.compute]
+        facts = [c.model.name, layout, f"{c.parallel.world_size:,} × {kind}", c.precision.products]
     elif run.summary:
         facts = [run.summary.layout.replace(" x ", " × "), f"{run.summary.world_size:,} × {run.summary.device}"]
     restarts = run.records[-1].session if run.records else 0
@@ -185,7 +185,7 @@ def _tiles(run: Run) -> list[Tile]:
     eval_loss = s.eval_loss if s else next((r.eval_loss for r in reversed(run.records) if r.eval_loss is not None), None)
     speed, share = (s.tokens_per_second, s.mfu) if s else (last.tokens_per_second, last.mfu)
     spent, seconds = (s.dollars, s.seconds) if s else (last.dollars, last.seconds)
-    peak = cost.peak_flops(c.cluster, c.precision.compute) if c else None
+    peak = cost.peak_flops(c.cluster, c.precision.products) if c else None
     devices = cost.num_devices(c) if c else None
     redone = sum(r.step_seconds for r in run.lost)
     rate = f"{devices:,} × ${c.cluster.price_per_gpu_hour:g}/h for {units.duration(seconds)}" if c else f"in {units.duration(seconds)}"
@@ -195,7 +195,7 @@ def _tiles(run: Run) -> list[Tile]:
         Tile("Held-out loss", *(("–", "not evaluated") if eval_loss is None else (f"{eval_loss:.3f}", "last evaluation"))),
         Tile("Tokens", units.count(tokens), f"{units.duration(seconds)} of wall time"),
         Tile("Tokens per second", units.count(speed), f"{units.count(speed / devices)} on each device" if devices else ""),
-        Tile("MFU", units.percent(share), f"of {peak / 1e12:g} TFLOP/s, {c.precision.compute}" if peak else "peak unknown"),
+        Tile("MFU", units.percent(share), f"of {peak / 1e12:g} TFLOP/s, {c.precision.products}" if peak else "peak unknown"),
         Tile("Spent", units.money(spent), rate + lost),
         Tile("Per billion tokens", units.money(spent / tokens * 1e9 if tokens else None), "everything paid for included"),
         _parameter_tile(c),

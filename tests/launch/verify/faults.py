@@ -456,7 +456,7 @@ def placement_not_saved():
     relocate.Placement.state = lambda self: {}
 
 
-@mistake("pp2", caught_by="exported logits of after the last step")
+@mistake("pp2", caught_by="exported logits of the model after the last step")
 def experts_exported_in_another_order():
     """Who converts a checkpoint with file names for numbers."""
 
