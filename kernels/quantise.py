@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .configs import FP8_TENSOR_CORES, KernelConfig, choose
 
-BLOCK = TILE = 128
+BLOCK = 128
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR = 1e-4  # of activations and weights
 GRADIENT_FLOOR = 1e-30  # gradients may be small as a whole: under a floor of 1e-4, 1e-10 is noise
