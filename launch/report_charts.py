@@ -179,8 +179,19 @@ def _max_vio(known: list[StepRecord], first_moe_layer: int) -> list[Chart]:
 def _max_vio_map(points: list[StepRecord], names: list[str]) -> Chart:
     columns = [[_number(r.max_vio[i]) if i < len(r.max_vio) else None for r in points] for i in range(len(names))]
     ticks = {"tickvals": [0, 0.5, 1], "ticktext": ["0", "½", "≥ 1"], "thickness": 12, "outlinewidth": 0}
-    data = [{"type": "heatmap", "z": columns, "x": [r.tokens for r in points], "y": names, "zmin": 0, "zmax": 1, "colorscale": "@amount",
-             "hovertemplate": "%{y}: %{z:.2f}<br>%{x:.4s} tokens<extra></extra>", "colorbar": {"title": {"text": "MaxVio"}, **ticks}}]
+    data = [
+        {
+            "type": "heatmap",
+            "z": columns,
+            "x": [r.tokens for r in points],
+            "y": names,
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": "@amount",
+            "hovertemplate": "%{y}: %{z:.2f}<br>%{x:.4s} tokens<extra></extra>",
+            "colorbar": {"title": {"text": "MaxVio"}, **ticks},
+        }
+    ]
     layout = {"xaxis": TOKENS | {"showgrid": False}, "yaxis": {"autorange": "reversed", "showgrid": False, "nticks": 15, "ticksuffix": " "}}
     subtitle = "MaxVio of each layer by tokens trained; at 1 its busiest expert has twice the mean"
     return Chart("max-vio-map", "Imbalance by layer", subtitle, data, layout, wide=True, height=max(260, min(480, 130 + 6 * len(names))))

@@ -1,6 +1,6 @@
 """The shape of the code, read from its syntax trees: which way imports go, and what is done in one place only.
 
-    launch -> train -> parallel -> kernels, and everybody may read conf; train/__main__.py is the one door upward.
+launch -> train -> parallel -> kernels, and everybody may read conf; train/__main__.py is the one door upward.
 """
 
 import ast

@@ -112,7 +112,7 @@ def check(model, batches, folder, dtype: str, *, logits_tol: float, grad_tol: fl
     loss.backward()
     assert min(margins, default=1.0) > MARGIN
 
-    (our_logits, our_loss, our_grads), = fork_ranks(1, step, folder, dtype, batches)
+    ((our_logits, our_loss, our_grads),) = fork_ranks(1, step, folder, dtype, batches)
     for a, b in zip(our_logits, logits):
         assert a.dtype == b.dtype and relative(a, b) <= logits_tol
     assert abs(our_loss.item() / loss.item() - 1) <= logits_tol
