@@ -45,8 +45,8 @@ LIMITS = {
     "fp32": Limits(number=2e-6, gradient=1e-5, moment=1e-5, update=2e-3, drift=2e-5, tie=1e-5),
     # BF16 is part of the algorithm: moments that are kept in it, and Muon's orthogonalisation, which is computed in it
     "fp32 with bf16 inside": Limits(number=2e-6, gradient=1e-5, moment=5e-3, update=0.2, drift=3e-3, tie=1e-5),
-    "bf16": Limits(number=1e-3, gradient=2e-2, moment=2e-2, update=0.5, drift=0.1, tie=2e-2),
-    "fp8": Limits(number=1e-3, gradient=0.1, moment=0.1, update=0.7, drift=0.5, tie=0.1),
+    "bf16": Limits(number=1e-3, gradient=2e-2, moment=2e-2, update=0.7, drift=0.1, tie=2e-2),
+    "fp8": Limits(number=1e-3, gradient=0.1, moment=0.1, update=0.9, drift=1.0, tie=0.1),
 }
 
 
