@@ -84,6 +84,8 @@ def compare(got: Evidence, want: Evidence, limits: Limits, num_experts: int, fir
     """Of every step that both have, numbered from `first_step` on, up to the first whose tokens chose other experts."""
     for fault in got.faults:
         yield Deviation(quantity="fault", where=fault, value=math.inf, limit=0.0)
+    if len(got.steps) != len(want.steps):
+        yield Deviation(quantity="fault", where=f"{len(got.steps)} steps were taken, not {len(want.steps)}", value=math.inf, limit=0.0)
     yield from _equal("first weight", got.first, want.first, "before the first step")
     for number, (mine, theirs) in enumerate(zip(got.steps, want.steps), first_step):
         chosen = list(_choices(mine, theirs, number))

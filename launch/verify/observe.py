@@ -132,6 +132,8 @@ def gather(views: list[View], config: Config) -> Evidence:
     faults: list[str] = []
     first, owners = _whole([view.first for view in views], "before the first step", faults)
     first, steps = _by_expert(first, views[0].first), []
+    if len(taken := {len(view.steps) for view in views}) > 1:
+        faults.append(f"ranks took different numbers of steps: {sorted(taken)}")
     for number, seen in enumerate(zip(*(view.steps for view in views)), 1):
         when = f"in step {number}"
         grads, grad_owners = _whole([s.grads for s in seen], when, faults)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,10 @@ def prove(case: Case, resume_on: str, folder: Path, fault: Fault | None = None) 
     config = in_folder(case.config(), folder)
     try:
         deviations, notes = _prove(case, config, resume_on, folder, fault)
-    except (RankFailed, HFError) as error:
+    except RankFailed as error:
         return Verdict(case=case, seconds=time.monotonic() - began, error=str(error).strip(), resumed_on=resume_on)
+    except Exception:  # what a session left cannot be read, say: one case that failed, and the others go on
+        return Verdict(case=case, seconds=time.monotonic() - began, error=traceback.format_exc().strip(), resumed_on=resume_on)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _verdict(case, began, deviations, notes, resume_on)

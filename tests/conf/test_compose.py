@@ -20,7 +20,7 @@ CASES = [
     ("model._target_=os.system", "model._target_ = os.system: no such key"),
     ("hydra.run.dir=x", "hydra.run.dir = x: Hydra's own settings have no effect here"),
     # choices of a group
-    ("model=tny", "model = tny: no such choice; there are deepseek_v3, moonlight, small, tiny, v2_lite; nearest valid value: tiny"),
+    ("model=tny", "model = tny: no such choice; there are deepseek_v3, micro, moonlight, small, tiny, v2_lite; nearest valid value: tiny"),
     ("optim=3", "optim = 3: no such choice; there are "),
     # values of the wrong type
     ("optim.lr=abc", "optim.lr = abc: must be a number"),

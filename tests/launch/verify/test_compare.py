@@ -170,6 +170,12 @@ def test_faults_come_as_they_are():
     assert str(found) == "fault of rank 1 says otherwise: inf (must be equal)"
 
 
+def test_a_step_that_was_never_taken_is_told():
+    """What is not there cannot deviate."""
+    broken = [d for d in compare(session(num_steps=1), session(num_steps=2), LIMITS["fp64"], EXPERTS) if not d.passed]
+    assert [d.where for d in broken] == ["1 steps were taken, not 2"]
+
+
 def test_state_after_a_resume_is_equal_bit_for_bit():
     want = session()
     state = {n: t.clone() for n, t in want.steps[0].tensors.items() if not n.endswith(".grad")}
