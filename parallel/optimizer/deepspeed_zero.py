@@ -1,4 +1,4 @@
-"""Engine `deepspeed`: DeepSpeed's ZeRO-1 optimizer, stood up by hand. The only file that touches DeepSpeed.
+"""Engine `deepspeed`: DeepSpeed's ZeRO-1 optimizer, stood up by hand. No other file that trains touches DeepSpeed.
 
 DeepSpeed reduces, steps and gathers; scale, norm and clip stay ours (`ShardedOptimizer`). Written against DeepSpeed 0.19.8, of which
 it uses these undocumented names: `DeepSpeedZeroOptimizer` built without an engine; `param.grad_accum`, `.allreduce`, `.group_name`,

@@ -535,8 +535,8 @@ def test_autograd_leaves_main_gradients_alone(engine):
     assert fork_ranks(1, body, timeout_s=60) == [pytest.approx(math.sqrt(8))]
 
 
-def test_deepspeed_is_imported_by_one_file_and_only_when_chosen():
-    """Importing it takes seconds: a function does it."""
+def test_deepspeed_is_imported_by_few_files_and_only_when_chosen():
+    """Importing it takes seconds: a function does it. The engine is one file, what holds DeepSpeed's AutoEP to the certificate another."""
     root = Path(deepspeed_zero.__file__).parents[2]
     found = set()
     for file in (f for folder in ("conf", "kernels", "parallel", "train", "launch") for f in root.joinpath(folder).rglob("*.py")):
@@ -545,4 +545,4 @@ def test_deepspeed_is_imported_by_one_file_and_only_when_chosen():
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
             if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
                 found |= {(file.name, node in tree.body) for m in modules if m.split(".")[0] == "deepspeed"}
-    assert found == {("deepspeed_zero.py", False)}
+    assert found == {("deepspeed_zero.py", False), ("autoep.py", False)}
