@@ -14,29 +14,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .fp8_linear import add_fp8_outer_reference, add_outer_triton, fp8_matmul_reference, matmul_triton
 from .fp8_weights import WeightCache
-from .grouped import RowGroups
+from .grouped import RowGroups, by_expert, sizes
 from .quantise import BLOCK, GRADIENT_FLOOR, Quantised, columns_of, quantise_columns, quantise_rows
 from .weight_grad import WeightGradStore
 
 
 def fp8_grouped_matmul_reference(a: Quantised, b: Quantised, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R, K) by rows, (e, N, K) by blocks -> (R, N) in `dtype`."""
-    sizes = _sizes(ends_e)
-    rows = zip(a.codes.split(sizes), a.scales.split(sizes, 1))
+    """(R, K) by rows, (e, N, K) by blocks -> (R, N) in `dtype`. Nobody's rows are NaN: who reads them shows."""
+    own = sizes(ends_e).tolist()
+    rows = zip(by_expert(a.codes, own), by_expert(a.scales, own, 1))
     experts = zip(b.codes.unbind(0), b.scales.unbind(0))
-    return torch.cat([fp8_matmul_reference(Quantised(*own), Quantised(*expert), dtype) for own, expert in zip(rows, experts)])
+    products = [fp8_matmul_reference(Quantised(*row), Quantised(*expert), dtype) for row, expert in zip(rows, experts)]
+    return torch.cat([*products, a.scales.new_full((len(a.codes) - sum(own), b.codes.shape[1]), torch.nan).to(dtype)])
 
 
 def add_fp8_grouped_outer_reference(main_eMN: Tensor, a: Quantised, b: Quantised, ends_e: Tensor) -> None:
     """main[e] += a b^T over the rows of expert e: (M, R) and (N, R), both by rows."""
-    sizes = _sizes(ends_e)
-    by_expert = lambda q: zip(q.codes.split(sizes, 1), q.scales.split([size // BLOCK for size in sizes]))
-    for main_MN, own_a, own_b in zip(main_eMN.unbind(0), by_expert(a), by_expert(b)):
+    own = sizes(ends_e).tolist()
+    parts = lambda q: zip(by_expert(q.codes, own, 1), by_expert(q.scales, [size // BLOCK for size in own]))
+    for main_MN, own_a, own_b in zip(main_eMN.unbind(0), parts(a), parts(b)):
         add_fp8_outer_reference(main_MN, Quantised(*own_a), Quantised(*own_b))
-
-
-def _sizes(ends_e: Tensor) -> list[int]:
-    return ends_e.diff(prepend=ends_e.new_zeros(1)).tolist()
 
 
 # ---------------------------------------------------------------- the operators, over plain tensors
@@ -119,6 +116,6 @@ def fp8_grouped_linear(
     again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """(R, I), (e, O, I) -> (R, O). Arguments as in `fp8_linear`. R may be 0. ValueError unless every group is a multiple of 128 rows."""
-    if any(size % BLOCK for size in groups.sizes):
-        raise ValueError(f"rows per expert {groups.sizes}: FP8 wants multiples of {BLOCK}; dispatch with align={BLOCK}")
+    if groups.align % BLOCK:
+        raise ValueError(f"rows per expert are multiples of {groups.align}: FP8 wants multiples of {BLOCK}; dispatch with align={BLOCK}")
     return _Fp8GroupedLinear.apply(rows_RI, weight_eOI, groups, casts, store, power_of_two, again)

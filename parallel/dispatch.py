@@ -17,11 +17,15 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..conf.schema import Config, ConfigError, choose
+from ..kernels.fp8_rows import Fp8Rows
 from ..kernels.grouped import RowGroups
-from ..kernels.permute import permute, sum_copies
+from ..kernels.permute import permute, permute_quantised, sum_copies
+from ..kernels.quantise import ACTIVATION_FLOOR, BLOCK, GRADIENT_FLOOR, Quantised, quantise_rows
+from ..kernels.row_maps import RowMaps, row_maps
 from .phases import MicroBatch, Pending
 
 DISPATCHERS = ("local", "alltoall")
@@ -47,7 +51,6 @@ class Routing:
     expert_TK: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)  # the router's losses and the like over tokens, detached: for the record
     load_E: Tensor | None = None  # this rank's copies per expert: for the record
-    slot_TK: Tensor | None = None  # where those experts are
     sent_E: Tensor | None = None  # this rank's copies per slot
     groups: RowGroups | None = None
     row_of_TK: Tensor | None = None
@@ -59,11 +62,13 @@ class Routing:
     received_rows: list[int] = field(default_factory=list)
     counts_work: Any = None
 
-    def place(self, slot_of_E: Tensor | None, num_experts: int) -> None:
-        """Look up slots (None: expert i is in slot i), and count."""
-        self.slot_TK = self.expert_TK if slot_of_E is None else slot_of_E[self.expert_TK]
-        self.sent_E = torch.bincount(self.slot_TK.flatten(), minlength=num_experts)
-        self.load_E = self.sent_E if slot_of_E is None else self.sent_E[slot_of_E]
+    def place(self, slot_of_E: Tensor | None, num_experts: int, align: int) -> RowMaps:
+        """Look up slots (None: expert i is in slot i), and give this rank's copies rows in the order of slots."""
+        maps = row_maps(self.expert_TK if slot_of_E is None else slot_of_E[self.expert_TK], num_experts, align)
+        self.row_of_TK = maps.row_of_TK
+        if self.load_E is None:
+            self.load_E = maps.counts_e if slot_of_E is None else maps.counts_e[slot_of_E]
+        return maps
 
 
 class Dispatcher(Protocol):
@@ -74,7 +79,8 @@ class Dispatcher(Protocol):
     def wait_counts(self, r: Routing) -> None: ...
 
     def to_experts(self, x_TD: Tensor, weight_TK: Tensor | None, r: Routing, direction: str) -> Pending:
-        """-> rows_RD in expert order, zero where padding, and weight_R (FP32 or wider, None if no weight was given)."""
+        """-> rows_RD in expert order, zero where padding, and weight_R (FP32 or wider, None if no weight was given). Rows are `Fp8Rows`
+        where the dispatcher is told to."""
         ...
 
     def to_tokens(self, rows_RD: Tensor, weight_R: Tensor | None, r: Routing, direction: str) -> Pending:
@@ -82,52 +88,42 @@ class Dispatcher(Protocol):
         ...
 
 
-def make_dispatcher(name: str, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup] | None) -> Dispatcher:
-    """`groups`: the expert-parallel group once per direction ("F", "B"), so that both can be in flight. `align`: rows per expert."""
+def make_dispatcher(
+    name: str, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup] | None, fp8: bool = False
+) -> Dispatcher:
+    """`groups`: the expert-parallel group once per direction ("F", "B"), so that both can be in flight. `align`: rows per expert.
+
+    `fp8`: what goes to experts is quantised before it goes, activations and their gradients; what comes back is not.
+    """
     if name == "local":
-        return LocalDispatcher(num_experts=num_experts, align=align)
+        return LocalDispatcher(num_experts=num_experts, align=align, fp8=fp8)
     assert groups is not None
-    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups)
+    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups, fp8=fp8)
 
 
-def _pad(sizes: list[int], align: int) -> list[int]:
-    return [-(-n // align) * align for n in sizes]
-
-
-def _padded_rows(expert_sorted: Tensor, sizes: list[int], padded: list[int]) -> Tensor:
-    """Row, in a buffer with `padded[e]` rows per expert, of each copy in expert order: its place plus the padding before it."""
-    starts = torch.tensor(padded).cumsum(0) - torch.tensor(padded) - (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes))
-    return torch.arange(len(expert_sorted), device=expert_sorted.device) + starts.to(expert_sorted.device)[expert_sorted]
-
-
-def _inverse(row_of: Tensor, num_rows: int) -> Tensor:
-    """(num_rows,) holding the index whose row it is, -1 where none."""
-    out = row_of.new_full((num_rows,), -1)
-    return out.index_copy_(0, row_of, torch.arange(len(row_of), device=row_of.device))
+def _quantised(x_TD: Tensor, direction: str) -> Quantised:
+    return quantise_rows(x_TD.contiguous(), power_of_two=True, floor=ACTIVATION_FLOOR if direction == "F" else GRADIENT_FLOOR)
 
 
 class LocalDispatcher:
-    """Every expert is on this rank: rows are gathered straight into expert order."""
+    """Every expert is on this rank: rows are gathered straight into expert order. The host learns no count, and waits for nothing."""
 
-    def __init__(self, *, num_experts: int, align: int):
-        self.num_experts, self.align = num_experts, align
+    def __init__(self, *, num_experts: int, align: int, fp8: bool = False):
+        self.num_experts, self.align, self.fp8 = num_experts, align, fp8
 
     def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
-        r.place(slot_of_E, self.num_experts)
+        maps = r.place(slot_of_E, self.num_experts, self.align)
+        r.copy_of_R, r.groups = maps.copy_of_R, RowGroups(ends_e=maps.ends_e, align=self.align)
 
     def wait_counts(self, r: Routing) -> None:
-        sizes = r.sent_E.tolist()
-        padded = _pad(sizes, self.align)
-        slot_N = r.slot_TK.flatten()
-        order_N = slot_N.argsort(stable=True)
-        rows_sorted = _padded_rows(slot_N[order_N], sizes, padded)
-        row_of_N = torch.empty_like(order_N).index_copy_(0, order_N, rows_sorted)
-        r.groups, r.row_of_TK = RowGroups.of(padded, order_N.device), row_of_N.view_as(r.slot_TK)
-        r.copy_of_R = _inverse(row_of_N, sum(padded))
+        pass
 
     def to_experts(self, x_TD, weight_TK, r, direction):
-        top_k = r.expert_TK.shape[1]
-        rows_RD = permute(x_TD, r.copy_of_R.div(top_k, rounding_mode="floor"))  # floor: -1 stays -1
+        token_R = r.copy_of_R.div(r.expert_TK.shape[1], rounding_mode="floor")  # floor: -1 stays -1
+        if self.fp8:
+            rows_RD = Fp8Rows(permute_quantised(_quantised(x_TD, direction), token_R), x_TD.dtype)
+        else:
+            rows_RD = permute(x_TD, token_R)
         weight_R = None if weight_TK is None else permute(weight_TK.flatten(), r.copy_of_R)
         return Pending(work=None, finish=lambda: (rows_RD, weight_R))
 
@@ -143,45 +139,47 @@ class AllToAllDispatcher:
     send buffer, by expert (so by peer)     received, by peer               rows, by expert, each padded
     [to rank 0: e0 e0 e1 | to rank 1: e2] → [from 0: e0 e0 e1 | from 1: e0] → [e0 e0 e0 . | e1 . . .]
 
-    Routing weights ride in the same buffer as raw bits of extra columns: one message, and no rounding of FP32 weights to BF16.
+    Routing weights ride in the same buffer as raw bits of extra columns: one message, and no rounding of FP32 weights to BF16. A row in
+    FP8 is bytes: codes, scales, zeros up to a multiple of 16 bytes in all, weight.
     """
 
-    def __init__(self, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup]):
-        self.num_experts, self.align, self.groups = num_experts, align, groups
+    def __init__(self, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup], fp8: bool = False):
+        self.num_experts, self.align, self.groups, self.fp8 = num_experts, align, groups, fp8
         self.ep = groups["F"].size()
 
     def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
-        r.place(slot_of_E, self.num_experts)
+        maps = r.place(slot_of_E, self.num_experts, 1)
+        r.sent_E, r.order_N = maps.counts_e, maps.copy_of_R
         r.received_E = torch.empty_like(r.sent_E)
         r.counts_work = dist.all_to_all_single(r.received_E, r.sent_E, group=self.groups["F"], async_op=True)
-        r.order_N = r.slot_TK.flatten().argsort(stable=True)
-        row_of_N = torch.empty_like(r.order_N).index_copy_(0, r.order_N, torch.arange(len(r.order_N), device=r.order_N.device))
-        r.row_of_TK = row_of_N.view_as(r.slot_TK)
 
     def wait_counts(self, r: Routing) -> None:
         """Only now does the host know the sizes."""
         r.counts_work.wait()
         r.counts_work = None
-        received = r.received_E.view(self.ep, -1)  # (peer, own expert)
-        r.sent_rows, r.received_rows = r.sent_E.view(self.ep, -1).sum(1).tolist(), received.sum(1).tolist()
-        sizes = received.sum(0).tolist()
-        padded = _pad(sizes, self.align)
-        expert_M = torch.arange(received.shape[1], device=received.device).repeat(self.ep).repeat_interleave(received.flatten())
-        order_M = expert_M.argsort(stable=True)
-        rows_sorted = _padded_rows(expert_M[order_M], sizes, padded)
-        r.row_of_M = torch.empty_like(order_M).index_copy_(0, order_M, rows_sorted)
-        r.groups, r.copy_of_R = RowGroups.of(padded, received.device), _inverse(r.row_of_M, sum(padded))
+        sent, received = torch.stack([r.sent_E, r.received_E]).cpu().view(2, self.ep, -1)  # (peer, own expert); one wait for both
+        r.sent_rows, r.received_rows = sent.sum(1).tolist(), received.sum(1).tolist()
+        own = received.shape[1]
+        expert_E = torch.arange(own, device=r.received_E.device).repeat(self.ep)
+        expert_M = expert_E.repeat_interleave(r.received_E, output_size=sum(r.received_rows))
+        maps = row_maps(expert_M[:, None], own, self.align)
+        num_rows = sum(-(-size // self.align) * self.align for size in received.sum(0).tolist())
+        r.row_of_M, r.copy_of_R = maps.row_of_TK.flatten(), maps.copy_of_R[:num_rows]
+        r.groups = RowGroups(ends_e=maps.ends_e, align=self.align)
 
     def to_experts(self, x_TD, weight_TK, r, direction):
-        token_N = r.order_N.div(r.expert_TK.shape[1], rounding_mode="floor")
-        sent = x_TD.index_select(0, token_N)
+        wide, dim = None if weight_TK is None else weight_TK.dtype, x_TD.shape[1]
+        payload_TC = x_TD
+        if self.fp8:
+            payload_TC = _as_bytes(_quantised(x_TD, direction), more=0 if wide is None else wide.itemsize)
+        width = payload_TC.shape[1]
+        sent = payload_TC.index_select(0, r.order_N.div(r.expert_TK.shape[1], rounding_mode="floor"))
         if weight_TK is not None:
             sent = _attach(sent, weight_TK.flatten().index_select(0, r.order_N))
-        width, wide = x_TD.shape[1], None if weight_TK is None else weight_TK.dtype
 
         def finish(received_MC):
-            rows_RC = permute(received_MC, r.copy_of_R)
-            return _detach(rows_RC, width, wide)
+            rows_RC, weight_R = _detach(permute(received_MC, r.copy_of_R), width, wide)
+            return Fp8Rows(_from_bytes(rows_RC, dim), x_TD.dtype) if self.fp8 else rows_RC, weight_R
 
         return self._exchange(sent, r.received_rows, r.sent_rows, direction).then(finish)
 
@@ -212,6 +210,19 @@ def _detach(rows_NC: Tensor, width: int, weight_dtype: torch.dtype | None) -> tu
     if weight_dtype is None:
         return rows_NC, None
     return rows_NC[:, :width].contiguous(), rows_NC[:, width:].contiguous().view(weight_dtype).view(-1)
+
+
+def _as_bytes(q: Quantised, *, more: int) -> Tensor:
+    """Codes (T, D) and scales (B, T) -> uint8 (T, C): with `more` bytes beside it, a row is a multiple of 16."""
+    parts = [q.codes.view(torch.uint8), q.scales.t().contiguous().view(torch.uint8)]
+    width = sum(part.shape[1] for part in parts)
+    return F.pad(torch.cat(parts, 1), (0, -(width + more) % 16))
+
+
+def _from_bytes(rows_RC: Tensor, dim: int) -> Quantised:
+    """A row of zeros has the scale 0, and so reads back as zeros."""
+    scales = rows_RC[:, dim : dim + 4 * -(-dim // BLOCK)].contiguous().view(torch.float32)
+    return Quantised(rows_RC[:, :dim].contiguous().view(torch.float8_e4m3fn), scales.t().contiguous())
 
 
 class Dispatch:

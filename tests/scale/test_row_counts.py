@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from shoestring.conf.schema import OptimConfig
-from shoestring.kernels.grouped import RowGroups
 from shoestring.kernels.permute import permute, sum_copies, sum_copies_reference
-from shoestring.parallel.dispatch import AllToAllDispatcher, LocalDispatcher, Routing, _inverse, _padded_rows
+from shoestring.kernels.row_maps import row_maps, rows_bound
+from shoestring.parallel.dispatch import AllToAllDispatcher, LocalDispatcher, Routing
 from shoestring.parallel.optimizer.whole import WholeOptimizer, even_cuts, unit_cuts
 from shoestring.parallel.optimizer.zero import NORM_ROW, Spec, squared_norm
 from shoestring.parallel.relocate import segments
@@ -51,43 +51,28 @@ def test_gathering_far_rows(tmp_path, shape):
         assert summed[:, 0].tolist() == [3, 7, 5] and (summed == summed[:, :1]).all()
 
 
-def test_row_maps_are_64_bit():
+def test_row_maps_are_64_bit(monkeypatch):
     """Every index of a micro-batch, and every count of one."""
-    for dispatcher in (LocalDispatcher(num_experts=4, align=16), None):
+    done = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(dist, "all_to_all_single", lambda out, counts, **kwargs: (out.copy_(counts), done)[1])
+    ranks = SimpleNamespace(size=lambda: 2)
+    for dispatcher in (LocalDispatcher(num_experts=4, align=16), AllToAllDispatcher(num_experts=4, align=16, groups={"F": ranks})):
         r = Routing(expert_TK=torch.tensor([[0, 3], [3, 1], [2, 3]]))
-        if dispatcher is None:
-            r.place(None, 4)
-            r.received_E, r.order_N = r.sent_E.clone(), r.slot_TK.flatten().argsort(stable=True)
-            r.counts_work = SimpleNamespace(wait=lambda: None)
-            dispatcher = AllToAllDispatcher(num_experts=4, align=16, groups={"F": SimpleNamespace(size=lambda: 2)})
-        else:
-            dispatcher.start(r)
+        dispatcher.start(r)
         dispatcher.wait_counts(r)
-        maps = ("slot_TK", "sent_E", "load_E", "row_of_TK", "row_of_M", "copy_of_R", "order_N", "received_E")
+        maps = ("load_E", "sent_E", "row_of_TK", "row_of_M", "copy_of_R", "order_N", "received_E")
         tensors = [getattr(r, name) for name in maps if getattr(r, name) is not None]
-        assert len(tensors) >= 5 and {t.dtype for t in tensors} == {torch.int64}
+        assert len(tensors) >= 3 and {t.dtype for t in tensors} == {torch.int64}
     stats = RouterStats(load_E=torch.zeros(4, dtype=torch.int64))
     stats.observe(r)
     assert stats.load_E.dtype == torch.int64
 
 
-def test_starts_of_experts_past_int32():
-    """Of 256 experts with up to 30 M rows each, the place of the first row that is shown of each: Python adds up what is before it."""
-    rng = random.Random(0)
-    sizes = [rng.randrange(30_000_000) for _ in range(256)]
-    padded = [-(-n // 32) * 32 for n in sizes]
-    assert sum(padded) > FAR
-    shown = _padded_rows(torch.arange(256), sizes, padded).tolist()  # row i of the sorted copies is expert i's
-    assert shown == [i + sum(padded[:i]) - sum(sizes[:i]) for i in range(256)]
-    assert _inverse(torch.tensor([2, 0]), 3).tolist() == [1, -1, 0]
-
-
-def test_row_groups_refuse_what_grouped_mm_cannot_count():
-    """`F.grouped_mm` takes int32 ends: wrapped ones would be a matrix product of other rows, or none."""
-    fits = RowGroups.of([FAR - 1 - 32, 32])
-    assert fits.ends_e.tolist() == [FAR - 33, FAR - 1] and fits.ends_e.dtype == torch.int32
+def test_rows_that_grouped_products_cannot_count_are_refused():
+    """They take int32 ends: wrapped ones would be a product of other rows, or none. Nothing is allocated before."""
+    assert rows_bound(FAR - 128, 1, 128) == FAR - 128
     with pytest.raises(ValueError, match="2147483648 rows"):
-        RowGroups.of([FAR - 32, 32])
+        row_maps(torch.empty(FAR - 31, 1, dtype=torch.int64, device="meta"), 1, 32)
 
 
 def test_exchanges_of_more_elements_than_int32(monkeypatch):
