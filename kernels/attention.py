@@ -1,18 +1,20 @@
 """Causal attention whose query/key heads are wider than its value heads (MLA: 192 and 128), and which of torch's kernels computes it.
 
-B sequences   H heads   S positions   Q query/key head dim   V value head dim
+B sequences   H heads   S positions   T = B * S tokens   Q query/key head dim   V value head dim   O = H * V
 """
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .recompute import recomputed
+from .e5m6 import Packed, pack_e5m6, unpack_e5m6
+from .recompute import Output, recomputed
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys, values
 
@@ -62,20 +64,41 @@ def _kernel(backend: SDPBackend, q_BHSQ: Tensor, v_BHSV: Tensor, padding: int) -
     return AttentionKernel(backend=backend, padding=padding, extra_work=padding / (q_BHSQ.shape[-1] + v_BHSV.shape[-1]))
 
 
-def causal_attention(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, *, again: Callable[[], Heads] | None = None) -> Tensor:
-    """softmax(scale q k^T, causal) v -> (B, H, S, V). Differentiable. `again`: makes q, k and v for backward, which are then not kept.
+def causal_attention(
+    q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, *, again: Callable[[], Heads] | None = None, narrow: bool = False
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """softmax(scale q k^T, causal) v, a token's heads side by side: (T, O), differentiable. By the kernel that `attention_kernel` names.
 
-    By the kernel that `attention_kernel` names for these heads.
+    Second: what makes these rows in backward from what attention keeps itself. `narrow`: that is 12 bits of each (`e5m6.py`), for its own
+    backward too. `again`: makes q, k and v for backward, which are then not kept.
     """
-    kernel, value_dim = attention_kernel(q_BHSQ, k_BHSQ, v_BHSV), v_BHSV.shape[-1]
-    heads = _padded(q_BHSQ, k_BHSQ, v_BHSV, kernel.padding)
+    kernel, (batch, heads, seq_len, value_dim) = attention_kernel(q_BHSQ, k_BHSQ, v_BHSV), v_BHSV.shape
+    narrow = narrow and torch.is_grad_enabled()
+    given = _padded(q_BHSQ, k_BHSQ, v_BHSV, kernel.padding)
+    made_again = again and (lambda: _padded(*again(), kernel.padding))
+    packed: list[Packed] = []  # once it is there
+
+    def unpacked() -> Tensor:
+        out_BSHV = unpack_e5m6(*packed).view(batch, seq_len, heads, value_dim)
+        return F.pad(out_BSHV, (0, kernel.padding)).transpose(1, 2)
+
+    output = Output(shape=given[2].shape, by=unpacked) if narrow and kernel.backend != SDPBackend.MATH else None  # which keeps none
     with contextlib.ExitStack() as stack:
         if q_BHSQ.is_cuda:  # on CPU there is only one fused kernel
             stack.enter_context(sdpa_kernel(kernel.backend))
-        if again:
-            stack.enter_context(recomputed(heads, lambda: _padded(*again(), kernel.padding)))
-        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)
-    return out[..., :value_dim]
+        if made_again or output:
+            stack.enter_context(recomputed(given, by=made_again, output=output))
+        out_BHSV = F.scaled_dot_product_attention(*given, is_causal=True, scale=scale)[..., :value_dim]
+    rows_TO = _rows(out_BHSV)
+    if not narrow:
+        kept = out_BHSV.detach()
+        return rows_TO, lambda: _rows(kept)
+    packed.append(pack_e5m6(rows_TO.detach()))
+    return rows_TO, lambda: unpack_e5m6(*packed)
+
+
+def _rows(out_BHSV: Tensor) -> Tensor:
+    return out_BHSV.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _padded(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, padding: int) -> Heads:

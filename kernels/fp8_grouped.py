@@ -6,17 +6,13 @@ experts. The kernels are those of `fp8_linear.py`, told where each expert's rows
 R rows, padding included   e experts on this rank   I input dim   O output dim
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .fp8_linear import add_fp8_outer_reference, add_outer_triton, fp8_matmul_reference, matmul_triton
-from .fp8_weights import WeightCache
 from .grouped import RowGroups, by_expert, sizes
-from .quantise import BLOCK, GRADIENT_FLOOR, Quantised, columns_of, quantise_columns, quantise_rows
-from .weight_grad import WeightGradStore
+from .quantise import BLOCK, Quantised
 
 
 def fp8_grouped_matmul_reference(a: Quantised, b: Quantised, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,43 +75,3 @@ def fp8_grouped_matmul(a: Quantised, b: Quantised, groups: RowGroups, dtype: tor
 def add_fp8_grouped_outer(main_eMN: Tensor, a: Quantised, b: Quantised, groups: RowGroups) -> None:
     """main[e] += a b^T over expert e's rows, FP32: (M, R) and (N, R), both quantised by rows."""
     _add_outer(main_eMN, a.codes, a.scales, b.codes, b.scales, groups.ends_e)
-
-
-# ---------------------------------------------------------------- with gradients
-
-
-class _Fp8GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RI, weight_eOI, groups, casts, store, power_of_two, again):
-        quantised = lambda rows_RI: quantise_rows(rows_RI.contiguous(), power_of_two=power_of_two)
-        rows, cast = quantised(rows_RI), casts.of(weight_eOI)
-        if again is None:
-            ctx.save_for_backward(rows.codes, rows.scales)
-        ctx.again = again and (lambda: quantised(again()))
-        ctx.weight, ctx.cast, ctx.groups, ctx.store = weight_eOI, cast, groups, store
-        return fp8_grouped_matmul(rows, cast.blocks, groups, rows_RI.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_RO):
-        weight, groups, grad_RO = ctx.weight, ctx.groups, grad_RO.contiguous()
-        rows = ctx.again() if ctx.again else Quantised(*ctx.saved_tensors)
-        columns = quantise_columns(grad_RO, floor=GRADIENT_FLOOR)
-        ctx.store.append(lambda: add_fp8_grouped_outer(weight.main_grad, columns, columns_of(rows), groups))
-        grad_rows = quantise_rows(grad_RO, floor=GRADIENT_FLOOR)
-        return fp8_grouped_matmul(grad_rows, ctx.cast.transposed, groups, grad_RO.dtype), *[None] * 6
-
-
-def fp8_grouped_linear(
-    rows_RI: Tensor,
-    weight_eOI: Tensor,
-    groups: RowGroups,
-    casts: WeightCache,
-    store: WeightGradStore,
-    *,
-    power_of_two: bool = False,
-    again: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """(R, I), (e, O, I) -> (R, O). Arguments as in `fp8_linear`. R may be 0. ValueError unless every group is a multiple of 128 rows."""
-    if groups.align % BLOCK:
-        raise ValueError(f"rows per expert are multiples of {groups.align}: FP8 wants multiples of {BLOCK}; dispatch with align={BLOCK}")
-    return _Fp8GroupedLinear.apply(rows_RI, weight_eOI, groups, casts, store, power_of_two, again)

@@ -1,5 +1,5 @@
-"""The kernels as one rank uses them: bound to its weight-gradient store, to whether elementwise arithmetic is compiled, and to what is
-recomputed in backward."""
+"""The kernels as one rank uses them: bound to its weight-gradient store, to FP8 or not, to whether elementwise arithmetic is compiled, and
+to what is recomputed in backward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .attention import Heads, causal_attention
 from .cross_entropy import linear_cross_entropy
 from .embedding import embedding
-from .fp8_grouped import fp8_grouped_linear
-from .fp8_linear import fp8_linear
-from .fp8_weights import WeightCache
+from .fp8_layers import Fp8Linears
 from .grouped import RowGroups, grouped_linear
 from .linear import linear
 from .recompute import discard
@@ -25,13 +24,13 @@ from .weight_grad import WeightGradStore
 class Ops:
     """Each method is the kernel of that name, in the file of that name, which has the shapes.
 
-    `fp8`: where there is one, `linear` and `grouped_linear` multiply in FP8, and it holds the weights that they cast.
+    `fp8`: where there is one, the linears named so multiply in FP8; `plain_linear` never does.
     `recompute`: names of what `again` and `discard` act on; they do nothing for others.
     """
 
     store: WeightGradStore = field(default_factory=WeightGradStore)
     compiled: bool = False
-    fp8: WeightCache | None = None
+    fp8: Fp8Linears | None = None
     recompute: frozenset[str] = frozenset()
 
     def again(self, name: str, by: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
@@ -50,31 +49,48 @@ class Ops:
     def embedding(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
         return embedding(tokens_T, weight_VD, self.store)
 
-    def linear(
-        self, rows_RI: Tensor, weight_OI: Tensor, *, power_of_two: bool = False, again: Callable[[], Tensor] | None = None
-    ) -> Tensor:
-        if self.fp8 is None:
-            return linear(rows_RI, weight_OI, self.store, again=again)
-        return fp8_linear(rows_RI, weight_OI, self.fp8, self.store, power_of_two=power_of_two, again=again)
-
     def plain_linear(
         self, rows_RI: Tensor, weight_OI: Tensor, compute_dtype: torch.dtype | None = None, *, again: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """`linear`, never in FP8: what the recipe leaves out."""
         return linear(rows_RI, weight_OI, self.store, compute_dtype, again=again)
 
-    def grouped_linear(
+    def linear(
         self,
         rows_RI: Tensor,
-        weight_eOI: Tensor,
-        groups: RowGroups,
+        weight: Tensor,
+        groups: RowGroups | None = None,
         *,
         power_of_two: bool = False,
         again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        if self.fp8 is None:
-            return grouped_linear(rows_RI, weight_eOI, groups, self.store, again=again)
-        return fp8_grouped_linear(rows_RI, weight_eOI, groups, self.fp8, self.store, power_of_two=power_of_two, again=again)
+        """With `groups`, a matrix for each of them. `power_of_two`: of the scales of rows in FP8."""
+        if self.fp8 is not None:
+            return self.fp8.linear(rows_RI, weight, groups, power_of_two=power_of_two, again=again)
+        if groups is not None:
+            return grouped_linear(rows_RI, weight, groups, self.store, again=again)
+        return linear(rows_RI, weight, self.store, again=again)
+
+    def norm_linear(self, x_RI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor) -> Tensor:
+        """A norm and the one projection that reads it. Under recompute "norm", what is between them is not kept."""
+        if self.fp8 is not None:
+            return self.fp8.norm_linear(x_RI, norm_I, eps, weight_OI, again="norm" in self.recompute, compiled=self.compiled)
+        norm = lambda x_RI: self.rms_norm(x_RI, norm_I, eps)
+        unit_RI, kept = norm(x_RI), x_RI.detach()
+        return self.linear(unit_RI, weight_OI, again=self.again("norm", lambda: norm(kept)))
+
+    def swiglu_linear(
+        self, gate_up_R2F: Tensor, weight: Tensor, groups: RowGroups | None = None, *, weight_R: Tensor | None = None
+    ) -> Tensor:
+        """SwiGLU, times `weight_R`, and the one projection that reads it. Under recompute "swiglu", and in FP8, its output is not kept."""
+        if self.fp8 is not None:
+            return self.fp8.swiglu_linear(gate_up_R2F, weight_R, weight, groups)
+        kept = gate_up_R2F.detach(), None if weight_R is None else weight_R.detach()
+        hidden_RF = self.swiglu(gate_up_R2F, weight_R)
+        return self.linear(hidden_RF, weight, groups, again=self.again("swiglu", lambda: self.swiglu(*kept)))
+
+    def attention(self, heads: Heads, scale: float, *, again: Callable[[], Heads] | None = None) -> tuple[Tensor, Callable[[], Tensor]]:
+        return causal_attention(*heads, scale, again=again, narrow=self.fp8 is not None)
 
     def cross_entropy(self, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, scale: float) -> Tensor:
         return linear_cross_entropy(x_TD, weight_VD, target_T, scale, self.store, compiled=self.compiled)

@@ -2,39 +2,56 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class _Again:
-    """Stands for the i-th of the tensors that `by` makes, where autograd would have kept it."""
+    """Stands where autograd would have kept a tensor."""
 
-    def __init__(self, i: int):
-        self.i = i
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """An operation's output, which it saves for its own backward, is `by()` there. It is known by its shape: while it is being saved,
+    nobody has seen it yet."""
+
+    shape: torch.Size
+    by: Callable[[], Tensor]
 
 
 @contextlib.contextmanager
-def recomputed(made: Sequence[Tensor], by: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
-    """Inside, an operation that saves one of the tensors `made` for its backward keeps only how to make it: `by()` makes them all.
+def recomputed(
+    inputs: Sequence[Tensor], *, by: Callable[[], Sequence[Tensor]] | None = None, output: Output | None = None
+) -> Iterator[None]:
+    """Inside, an operation on `inputs` that saves one of them for its backward keeps only how to make it: `by()` makes them all. And
+    likewise its output, where one is described. Other tensors are saved as ever.
 
-    `by` runs once in backward, without gradients, and must give the same values; what its closure holds is kept, so that should be little,
-    or kept anyway. Other tensors are saved as ever.
+    Both run in backward, without gradients (`by` once), and what their closures hold is kept: that should be little, or kept anyway.
     """
-    index = {_identity(tensor): i for i, tensor in enumerate(made)}
+    index = {_identity(tensor): i for i, tensor in enumerate(inputs)}
     again: list[Tensor] = []
+
+    def make(i: int) -> Tensor:
+        if not again:
+            again.extend(by())
+        return again[i]
 
     def pack(tensor: Tensor) -> Tensor | _Again:
         i = index.get(_identity(tensor))
-        return tensor if i is None else _Again(i)
+        if i is not None:
+            return _Again(lambda: make(i)) if by else tensor
+        return _Again(output.by) if output and tensor.shape == output.shape else tensor
 
     def unpack(kept: Tensor | _Again) -> Tensor:
         if not isinstance(kept, _Again):
             return kept
-        if not again:
-            with torch.no_grad():
-                again.extend(by())
-        return again[kept.i]
+        with torch.no_grad():
+            return kept.make()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

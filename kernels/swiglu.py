@@ -1,6 +1,6 @@
 """silu(gate) * up, times the routing weight of the row where there is one. Only the input is kept: backward computes the rest again.
 
-Three forms. `swiglu` is a step of autograd, in any dtype; it keeps its input as it is or, with `cached`, as FP8 (codes and 1x128 scales).
+Three forms. `swiglu` is a step of autograd, in any dtype.
 `swiglu_quantised` and `swiglu_backward` are what an FP8 layer fuses between its two matrix products: activation, routing weight and 1x128
 quantisation in one pass over the rows, from BF16 or from the FP8 that was kept; and both gradients from the FP8 that was kept.
 
@@ -215,26 +215,19 @@ def swiglu_backward(cached: Quantised, grad_RF: Tensor, weight_R: Tensor | None 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight_R, compiled, cached):
-        kept = quantise_rows(gate_up) if cached else None
-        ctx.save_for_backward(weight_R, *((kept.codes, kept.scales) if cached else (gate_up,)))
+    def forward(ctx, gate_up, weight_R, compiled):
+        ctx.save_for_backward(gate_up, weight_R)
         ctx.compiled = compiled
         return _forward(gate_up, weight_R, compiled=compiled)
 
     @staticmethod
     def backward(ctx, grad):
-        weight_R, *kept = ctx.saved_tensors
-        if len(kept) == 2:
-            return *swiglu_backward(Quantised(*kept), grad, weight_R), None, None
-        return *_backward(grad, *kept, weight_R, compiled=ctx.compiled), None, None
+        return *_backward(grad, *ctx.saved_tensors, compiled=ctx.compiled), None
 
 
-def swiglu(gate_up_R2F: Tensor, weight_R: Tensor | None = None, *, compiled: bool = False, cached: bool = False) -> Tensor:
-    """(R, 2F) holding [gate | up], optional FP32 (R,) -> (R, F) in the input's dtype. Differentiable in both.
-
-    `cached`: backward keeps the input in FP8, half the bytes (`precision=fp8`).
-    """
-    return _SwiGLU.apply(gate_up_R2F, weight_R, compiled, cached)
+def swiglu(gate_up_R2F: Tensor, weight_R: Tensor | None = None, *, compiled: bool = False) -> Tensor:
+    """(R, 2F) holding [gate | up], optional FP32 (R,) -> (R, F) in the input's dtype. Differentiable in both."""
+    return _SwiGLU.apply(gate_up_R2F, weight_R, compiled)
 
 
 # ---------------------------------------------------------------- what they move

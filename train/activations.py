@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..conf.schema import ModelConfig
+from ..kernels.e5m6 import e5m6_bytes
+from ..kernels.quantise import rows_bytes
 from . import cost
 
 
@@ -27,26 +29,28 @@ class Kept:
 def kept_bytes(
     model: ModelConfig, layer: int, *, width: int, fp8: bool = False, recompute: Collection[str] = (), padded_values: bool = False
 ) -> Kept:
-    """Of block `layer`, with activations of `width` bytes. `fp8`: inputs of linears are kept in FP8, with an FP32 scale for each 128.
+    """Of block `layer`, with activations of `width` bytes. `fp8`: inputs of linears, or of SwiGLU before one, are kept in FP8, with an FP32
+    scale for each 128, and attention's output in 12 bits.
 
-    `padded_values`: as on CPU, where values are widened to the keys' width.
+    `padded_values`: as on CPU, where values, and with them a BF16 output, are widened to the keys' width.
     """
     m, wide, block = model, max(4, width), cost.block_params(model, layer)
-    linear = lambda dim: dim + 4 * -(-dim // 128) if fp8 else dim * width
+    linear = lambda dim: rows_bytes(1, dim) if fp8 else dim * width
     value_dim = m.qk_head_dim if padded_values else m.v_head_dim
+    mixed = e5m6_bytes(1, m.num_heads * m.v_head_dim) if fp8 else m.num_heads * value_dim * width
     attention = m.dim * width  # the block's input
     if "attention" not in recompute:
         norms = 0 if "norm" in recompute else linear(m.dim) + linear(m.q_lora_rank) + linear(m.kv_lora_rank)
         heads = 0 if "mla_up" in recompute else m.num_heads * (2 * m.qk_head_dim + value_dim)
         latents = (m.q_lora_rank or m.num_heads * m.qk_head_dim) + m.kv_lora_rank + m.qk_rope_head_dim
-        attention += norms + (heads + latents + m.num_heads * value_dim) * width
+        attention += norms + (heads + latents) * width + mixed
         attention += (3 + bool(m.q_lora_rank) + m.num_heads) * wide  # of the norms their scales, of the softmax its sums
         if block.router:
             attention += (3 * m.num_experts + m.top_k) * wide + m.top_k * 8  # scores and their shares; chosen experts and their weights
     residual = m.dim * width
     unit = 0 if "norm" in recompute and "experts" not in recompute else m.dim * width
     rows = shared = 0
-    activation = lambda hidden: 2 * hidden * width + (0 if "swiglu" in recompute else linear(hidden))
+    activation = lambda hidden: linear(2 * hidden) + (0 if fp8 or "swiglu" in recompute else linear(hidden))
     per_row = lambda hidden: 0 if "experts" in recompute else activation(hidden)
     if block.router:
         routed = m.dim * width if "experts" in recompute else linear(m.dim)

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..conf.schema import Config, ModelConfig, OptimConfig
+from ..kernels.fp8_layers import Fp8Linears
 from ..kernels.fp8_weights import WeightCache
 from ..kernels.grouped import row_alignment
 from ..kernels.ops import Ops
+from ..kernels.weight_grad import WeightGradStore
 from ..parallel.dispatch import make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
@@ -78,8 +80,9 @@ class Engine:
         self.config, self.device, self.watch = config, torch.device(device), watch or Watch()
         self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
         self.dtype = DTYPES[config.precision.compute]
-        fp8 = WeightCache() if config.precision.linear == "fp8" else None
-        self.ops = Ops(fp8=fp8, compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
+        store = WeightGradStore()
+        fp8 = Fp8Linears(casts=WeightCache(), store=store) if config.precision.linear == "fp8" else None
+        self.ops = Ops(store=store, fp8=fp8, compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
         self.placement = Placement(config, self.device)
         self.stages = self._build_stages()
         self.biases = self._share_biases()
@@ -212,7 +215,7 @@ class Engine:
     def _forget_casts(self) -> None:
         """Before every pass: since the last, the optimizer may have stepped, a checkpoint been loaded, an expert moved."""
         if self.ops.fp8 is not None:
-            self.ops.fp8.clear()
+            self.ops.fp8.casts.clear()
 
     def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""

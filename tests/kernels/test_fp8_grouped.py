@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from shoestring.kernels.fp8_grouped import add_fp8_grouped_outer, fp8_grouped_linear, fp8_grouped_matmul
-from shoestring.kernels.fp8_linear import CONFIGS, add_fp8_outer_kernel, add_outer_triton, fp8_linear, fp8_matmul_kernel, matmul_triton
+from shoestring.kernels.fp8_grouped import add_fp8_grouped_outer, fp8_grouped_matmul
+from shoestring.kernels.fp8_layers import Fp8Linears
+from shoestring.kernels.fp8_linear import CONFIGS, add_fp8_outer_kernel, add_outer_triton, fp8_matmul_kernel, matmul_triton
 from shoestring.kernels.fp8_weights import WeightCache
 from shoestring.kernels.grouped import RowGroups, row_alignment
 from shoestring.kernels.quantise import quantise_blocks, quantise_columns, quantise_rows
@@ -30,6 +31,10 @@ def tensors(sizes):
     return randn(sum(sizes), I), (randn(len(sizes), O, I) * size_e).bfloat16(), randn(sum(sizes), O)
 
 
+def linears(store, casts=None):
+    return Fp8Linears(casts=WeightCache() if casts is None else casts, store=store)
+
+
 def run(function, rows, weight, grad):
     weight, x, store = torch.nn.Parameter(weight), rows.clone().requires_grad_(), WeightGradStore()
     weight.main_grad = torch.ones(weight.shape)
@@ -46,8 +51,8 @@ def run(function, rows, weight, grad):
 def test_equals_linears(sizes, power_of_two):
     rows, weight, grad = tensors(sizes)
     groups = RowGroups.of(sizes)
-    grouped = lambda x, w, store: fp8_grouped_linear(x, w, groups, WeightCache(), store, power_of_two=power_of_two)
-    one = lambda x, w, store: fp8_linear(x, w, WeightCache(), store, power_of_two=power_of_two)
+    grouped = lambda x, w, store: linears(store).linear(x, w, groups, power_of_two=power_of_two)
+    one = lambda x, w, store: linears(store).linear(x, w, power_of_two=power_of_two)
     out, grad_rows, grad_weight = run(grouped, rows, weight, grad)
     alone = [run(one, *parts) for parts in zip(rows.split(sizes), weight, grad.split(sizes))]
     assert torch.equal(out, torch.cat([a[0] for a in alone])) and torch.equal(grad_rows, torch.cat([a[1] for a in alone]))
@@ -58,9 +63,9 @@ def test_equals_linears(sizes, power_of_two):
 def test_padding_of_zeros_adds_nothing():
     rows, weight, grad = tensors([128, 128])
     rows[100:128], grad[100:128], groups = 0, 0, RowGroups.of([128, 128])
-    out, grad_rows, grad_weight = run(lambda x, w, s: fp8_grouped_linear(x, w, groups, WeightCache(), s), rows, weight, grad)
+    out, grad_rows, grad_weight = run(lambda x, w, s: linears(s).linear(x, w, groups), rows, weight, grad)
     assert not out[100:128].any() and not grad_rows[100:128].any()
-    _, _, short = run(lambda x, w, s: fp8_linear(x, w, WeightCache(), s), rows[:100], weight[0], grad[:100])
+    _, _, short = run(lambda x, w, s: linears(s).linear(x, w), rows[:100], weight[0], grad[:100])
     torch.testing.assert_close(grad_weight[0], short, rtol=1e-5, atol=1e-5)
 
 
@@ -68,18 +73,18 @@ def test_kept_in_fp8_or_made_again():
     rows, weight, grad = tensors([128, 256])
     groups, casts, store = RowGroups.of([128, 256]), WeightCache(), WeightGradStore()
     parameter = torch.nn.Parameter(weight)
-    out = fp8_grouped_linear(rows.clone().requires_grad_(), parameter, groups, casts, store)
+    out = linears(store, casts).linear(rows.clone().requires_grad_(), parameter, groups)
     assert [t.dtype for t in out.grad_fn.saved_tensors] == [torch.float8_e4m3fn, torch.float32]
-    again = lambda x, w, s: fp8_grouped_linear(x, w, groups, casts, s, again=lambda: rows)
-    kept = lambda x, w, s: fp8_grouped_linear(x, w, groups, casts, s)
+    again = lambda x, w, s: linears(s, casts).linear(x, w, groups, again=lambda: rows)
+    kept = lambda x, w, s: linears(s, casts).linear(x, w, groups)
     assert all(torch.equal(a, b) for a, b in zip(run(again, rows, weight, grad), run(kept, rows, weight, grad)))
-    assert not fp8_grouped_linear(rows.clone().requires_grad_(), parameter, groups, casts, store, again=lambda: rows).grad_fn.saved_tensors
+    assert not linears(store, casts).linear(rows.clone().requires_grad_(), parameter, groups, again=lambda: rows).grad_fn.saved_tensors
 
 
 def test_rows_that_are_not_padded_are_refused():
     rows, weight, _ = tensors([128, 120])
-    with pytest.raises(ValueError, match=r"\[128, 120\].*multiples of 128"):
-        fp8_grouped_linear(rows, torch.nn.Parameter(weight), RowGroups.of([128, 120]), WeightCache(), WeightGradStore())
+    with pytest.raises(ValueError, match="multiples of 8: FP8 wants multiples of 128"):
+        linears(WeightGradStore()).linear(rows, torch.nn.Parameter(weight), RowGroups.of([128, 120]))
     assert row_alignment(torch.bfloat16, fp8=True) == 128
 
 
@@ -93,7 +98,7 @@ def test_operators():
     outer = (torch.zeros(3, O, I), d.codes, d.scales, c.codes, c.scales, groups.ends_e)
     torch.library.opcheck(torch.ops.shoestring.add_fp8_grouped_outer, outer, test_utils=checks)
     with FlopCounterMode(display=False) as counter:
-        run(lambda x, w, s: fp8_grouped_linear(x, w, groups, WeightCache(), s), rows, weight, grad)
+        run(lambda x, w, s: linears(s).linear(x, w, groups), rows, weight, grad)
     assert counter.get_total_flops() == 3 * 2 * 256 * I * O
     assert quantise_blocks(weight[0]).scales.shape == b.scales.shape[1:]
 

@@ -9,12 +9,12 @@ import math
 
 import pytest
 import torch
+from shoestring.kernels.fp8_layers import Fp8Linears
 from shoestring.kernels.fp8_linear import (
     CONFIGS,
     add_fp8_outer,
     add_fp8_outer_kernel,
     add_outer_triton,
-    fp8_linear,
     fp8_matmul,
     fp8_matmul_kernel,
     matmul_triton,
@@ -74,12 +74,16 @@ def test_outer_products_of_codes(M, N, K):
     torch.testing.assert_close(main.double(), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
 
 
+def linears(store=None, casts=None):
+    return Fp8Linears(casts=WeightCache() if casts is None else casts, store=WeightGradStore() if store is None else store)
+
+
 def run(rows, weight, grad, casts=None, **options):
     """Output, input gradient and weight gradient."""
     weight, store = torch.nn.Parameter(weight), WeightGradStore()
     weight.main_grad = torch.zeros(weight.shape)
     x = rows.clone().requires_grad_()
-    out = fp8_linear(x, weight, casts or WeightCache(), store, **options)
+    out = linears(store, casts).linear(x, weight, **options)
     out.backward(grad)
     assert weight.grad is None and not weight.main_grad.any() and len(store) == 1
     with torch.no_grad():
@@ -111,7 +115,7 @@ def test_a_gradient_that_arrives_expanded():
 def test_what_is_kept_is_fp8():
     """Of the input its codes and scales; of the gradient, for a weight gradient that waits, the same."""
     rows, weight, store = normal(256, 128), torch.nn.Parameter(normal(128, 128)), WeightGradStore()
-    out = fp8_linear(rows.requires_grad_(), weight, WeightCache(), store)
+    out = linears(store).linear(rows.requires_grad_(), weight)
     assert [t.dtype for t in out.grad_fn.saved_tensors] == [torch.float8_e4m3fn, torch.float32]
     assert sum(t.nbytes for t in out.grad_fn.saved_tensors) == 256 * (128 + 4)
     out.backward(torch.ones_like(out))
@@ -131,7 +135,8 @@ def test_rows_made_again_change_nothing():
 
 def test_powers_of_two():
     scales = [
-        fp8_linear(normal(8, 256).requires_grad_(), torch.nn.Parameter(normal(16, 256)), WeightCache(), WeightGradStore(), power_of_two=p)
+        linears()
+        .linear(normal(8, 256).requires_grad_(), torch.nn.Parameter(normal(16, 256)), power_of_two=p)
         .grad_fn.saved_tensors[1]
         .log2()
         for p in (False, True)
@@ -142,7 +147,7 @@ def test_powers_of_two():
 def test_no_gradient_no_trace():
     with torch.no_grad():
         casts = WeightCache()
-        out = fp8_linear(normal(8, 32), torch.nn.Parameter(normal(16, 32)), casts, WeightGradStore())
+        out = linears(casts=casts).linear(normal(8, 32), torch.nn.Parameter(normal(16, 32)))
     assert out.grad_fn is None and len(casts) == 1
 
 

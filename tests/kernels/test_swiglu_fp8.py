@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from shoestring.kernels import swiglu as module
 from shoestring.kernels.quantise import Quantised, dequantise_rows, quantise_rows
-from shoestring.kernels.swiglu import swiglu, swiglu_backward, swiglu_quantised
+from shoestring.kernels.swiglu import swiglu_backward, swiglu_quantised
 from torch._subclasses import FakeTensorMode
 
 from .triton_interpreter import interpreted
@@ -73,23 +73,6 @@ def test_tiny_gradients_survive():
     _, kept, grad, weight = given(8, 128)
     one, tiny = swiglu_backward(kept, grad, weight), swiglu_backward(kept, (grad.float() * 2.0**-33).bfloat16(), weight)
     assert off(tiny[0].double() * 2**33, one[0]) < 1e-6 and off(tiny[1].double() * 2**33, one[1]) < 1e-6
-
-
-def test_keeping_the_input_in_fp8_changes_gradients_by_its_rounding_and_keeps_half_the_bytes():
-    gate_up, _, grad, weight = given(32, 256)
-
-    def run(cached):
-        kept = []
-        x, w = gate_up.clone().requires_grad_(), weight.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel() * t.element_size()) or t, lambda t: t):
-            out = swiglu(x, w, cached=cached)
-        out.backward(grad)
-        return out, x.grad, w.grad, sum(kept)
-
-    (out, dx, dw, kept), (out8, dx8, dw8, kept8) = run(False), run(True)
-    assert torch.equal(out, out8)
-    assert 1e-3 < off(dx8, dx) < 0.05 and off(dw8, dw) < 0.05
-    assert kept8 < 0.53 * kept
 
 
 def test_fake_tensors_have_the_same_shapes():

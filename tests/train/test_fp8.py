@@ -52,8 +52,8 @@ def one_step(words):
     engine = Engine(load([*BASE, *words]))
     with Counts() as counts:
         engine.executor.step(batches(engine.config))
-    cast = {name for name, weight in engine.parameters().items() if engine.ops.fp8 and weight in engine.ops.fp8}
-    casts = [engine.ops.fp8.of(engine.parameters()[name]) for name in cast]
+    cast = {name for name, weight in engine.parameters().items() if engine.ops.fp8 and weight in engine.ops.fp8.casts}
+    casts = [engine.ops.fp8.casts.of(engine.parameters()[name]) for name in cast]
     return counts.calls, cast, sum(cast.blocks.codes.nbytes + cast.transposed.codes.nbytes for cast in casts)
 
 
@@ -90,8 +90,8 @@ class Look(Watch):
 
     def reduced(self, engine, norm):
         for weight in engine.parameters().values():
-            if weight in engine.ops.fp8:
-                now, cast = Fp8Weight(weight.detach()), engine.ops.fp8.of(weight)
+            if weight in engine.ops.fp8.casts:
+                now, cast = Fp8Weight(weight.detach()), engine.ops.fp8.casts.of(weight)
                 assert torch.equal(now.blocks.codes.float(), cast.blocks.codes.float()) and torch.equal(
                     now.blocks.scales, cast.blocks.scales
                 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...conf.schema import ModelConfig
-from ...kernels.attention import Heads, causal_attention
+from ...kernels.attention import Heads
 from ...kernels.ops import Ops
 from .rope import softmax_scale
 
@@ -32,20 +32,18 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, norm_D: Tensor, turns_SP: Tensor, ops: Ops) -> Tensor:
         """(T, D) whole sequences of S = len(turns), normed here by `norm_D` -> (T, D)."""
         m = self.m
-        parts = norm_linear(x_TD, norm_D, m.norm_eps, self.qkv_a, ops)
+        parts = ops.norm_linear(x_TD, norm_D, m.norm_eps, self.qkv_a)
         parts = parts.split([m.q_lora_rank or self.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
         again = (lambda: self._heads(*(part.detach() for part in parts), turns_SP, ops)) if "mla_up" in ops.recompute else None
-        mixed_BHSV = causal_attention(*self._heads(*parts, turns_SP, ops), self.scale, again=again)
-        merged = lambda mixed_BHSV: mixed_BHSV.transpose(1, 2).reshape(len(x_TD), -1)
-        rows_TO, kept = merged(mixed_BHSV), mixed_BHSV.detach()  # which the attention keeps for its own backward
-        return ops.linear(rows_TO, self.out, power_of_two=True, again=lambda: merged(kept))
+        rows_TO, kept = ops.attention(self._heads(*parts, turns_SP, ops), self.scale, again=again)
+        return ops.linear(rows_TO, self.out, power_of_two=True, again=kept)
 
     def _heads(self, q: Tensor, kv: Tensor, k_rope: Tensor, turns_SP: Tensor, ops: Ops) -> Heads:
         """Queries, keys and values of all heads, (B, H, S, .), from the three parts of `qkv_a`'s output."""
         m, seq_len = self.m, len(turns_SP)
         if m.q_lora_rank:
-            q = norm_linear(q, self.q_norm, LATENT_NORM_EPS, self.q_b, ops)
-        kv = norm_linear(kv, self.kv_norm, LATENT_NORM_EPS, self.kv_b, ops)
+            q = ops.norm_linear(q, self.q_norm, LATENT_NORM_EPS, self.q_b)
+        kv = ops.norm_linear(kv, self.kv_norm, LATENT_NORM_EPS, self.kv_b)
 
         q_nope, q_rope = q.view(-1, seq_len, m.num_heads, m.qk_head_dim).split([m.qk_nope_head_dim, m.qk_rope_head_dim], -1)
         k_nope, v = kv.view(-1, seq_len, m.num_heads, m.qk_nope_head_dim + m.v_head_dim).split([m.qk_nope_head_dim, m.v_head_dim], -1)
@@ -57,10 +55,3 @@ class Attention(nn.Module):
     @property
     def q_width(self) -> int:
         return self.m.num_heads * self.m.qk_head_dim
-
-
-def norm_linear(x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, ops: Ops) -> Tensor:
-    """A norm and the one projection that reads it. Under recompute "norm", what is between them is not kept."""
-    norm = lambda x_TI: ops.rms_norm(x_TI, norm_I, eps)
-    unit_TI, kept = norm(x_TI), x_TI.detach()
-    return ops.linear(unit_TI, weight_OI, again=ops.again("norm", lambda: norm(kept)))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.ops import Ops
-from .attention import LATENT_NORM_EPS, Attention, norm_linear
+from .attention import LATENT_NORM_EPS, Attention
 from .decoder import CausalLM
 from .rope import rotations
 
@@ -34,10 +34,10 @@ class CachedAttention(nn.Module):
         a, m, old = self.attention, self.attention.m, self.length
         self.length = old + len(x_ND)
         turns = self.turns[old : self.length]
-        parts = norm_linear(x_ND, norm_D, m.norm_eps, a.qkv_a, ops)
+        parts = ops.norm_linear(x_ND, norm_D, m.norm_eps, a.qkv_a)
         q, kv, k_rope = parts.split([m.q_lora_rank or a.q_width, m.kv_lora_rank, m.qk_rope_head_dim], 1)
         if m.q_lora_rank:
-            q = norm_linear(q, a.q_norm, LATENT_NORM_EPS, a.q_b, ops)
+            q = ops.norm_linear(q, a.q_norm, LATENT_NORM_EPS, a.q_b)
         k_rope = ops.rotate(k_rope.reshape(1, -1, 1, m.qk_rope_head_dim), turns).flatten(1).view_as(k_rope)
         self.kept[old : self.length] = torch.cat([ops.rms_norm(kv, a.kv_norm, LATENT_NORM_EPS), k_rope], 1)
 
