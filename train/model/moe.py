@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...conf.schema import ModelConfig
+from ...kernels.fp8_rows import Fp8Rows
 from ...kernels.grouped import RowGroups
 from ...kernels.ops import Ops
 from ...parallel.dispatch import Routing
@@ -133,9 +134,7 @@ class MLP(nn.Module):
 
     def forward(self, u_TD: Tensor, ops: Ops, *, again: Callable[[], Tensor] | None = None) -> Tensor:
         """`again`: makes `u_TD` for backward, where nobody keeps it."""
-        gate_up = ops.linear(u_TD, self.gate_up, again=again)
-        hidden, kept = ops.swiglu(gate_up), gate_up.detach()
-        return ops.linear(hidden, self.down, again=ops.again("swiglu", lambda: ops.swiglu(kept)))
+        return ops.swiglu_linear(ops.linear(u_TD, self.gate_up, again=again), self.down)
 
 
 class Experts(nn.Module):
@@ -147,10 +146,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local, dim, hidden_dim, dtype=dtype))
 
     def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, ops: Ops) -> Tensor:
-        gate_up = ops.grouped_linear(rows_RD, self.gate_up, groups, power_of_two=True)  # they were dispatched
-        ops.discard_if_fp8(rows_RD)
-        hidden_RF, kept = ops.swiglu(gate_up, weight_R), (gate_up.detach(), weight_R.detach())
-        return ops.grouped_linear(hidden_RF, self.down, groups, again=ops.again("swiglu", lambda: ops.swiglu(*kept)))
+        gate_up = ops.linear(rows_RD, self.gate_up, groups, power_of_two=True)  # they were dispatched
+        if not isinstance(rows_RD, Fp8Rows):
+            ops.discard_if_fp8(rows_RD)
+        return ops.swiglu_linear(gate_up, self.down, groups, weight_R=weight_R)
 
 
 @dataclass(kw_only=True)
