@@ -48,18 +48,20 @@ def fp8_matmul_kernel(
     GROUPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """c = a b^T, a tile (BM, BN) of it per program, BN at most 128. GROUPED: b holds one (N, K) after another, and the tiles of rows pm
-    belong to expert_of_tile[pm]. What lies outside is read as 0 and not written: K and N may end inside a block."""
+    belong to expert_of_tile[pm], which is past the last expert where they are nobody's. What lies outside is read as 0 and not written: K
+    and N may end inside a block."""
     pm, pn = _tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN))
     row, column, blocks = pm * BM, pn * BN, tl.cdiv(K, 128)
-    b_row, b_block = column, column // 128
+    b_row, b_block, steps = column, column // 128, blocks
     if GROUPED:
         expert = tl.load(expert_of_tile + pm)
         b_row, b_block = b_row + expert * N, b_block + expert * tl.cdiv(N, 128)
+        steps = tl.where(b_row < B_ROWS, blocks, 0)
     a_tiles = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BM, 128])
     b_tiles = tl.make_tensor_descriptor(b, [B_ROWS, K], [K, 1], [BN, 128])
     m = row + tl.arange(0, BM)
     total = tl.zeros((BM, BN), tl.float32)
-    for k in tl.range(0, blocks, warp_specialize=SPECIALISED):
+    for k in tl.range(0, steps, warp_specialize=SPECIALISED):
         scale = tl.load(a_scales + k * M + m, mask=m < M, other=0.0) * tl.load(b_scales + b_block * blocks + k)
         total += tl.dot(a_tiles.load([row, k * 128]), b_tiles.load([b_row, k * 128]).T) * scale[:, None]
     tl.make_tensor_descriptor(c, [M, N], [N, 1], [BM, BN]).store([row, column], total.to(c.dtype.element_ty))
