@@ -7,6 +7,7 @@ bias.
 T tokens   E experts   G groups of experts   K top-k
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -29,8 +30,9 @@ class Routes:
     route_scale: float = 1.0
 
 
-def select_reference(choice_TE: Tensor, routes: Routes) -> Tensor:
-    """(T, K) int64, best first; of equals the first."""
+def select(score_TE: Tensor, bias_E: Tensor, routes: Routes) -> Tensor:
+    """(T, K) int64, best first; of equals the first. In any floating dtype, by operations that ask the host nothing."""
+    choice_TE = score_TE + bias_E
     best = lambda x, k: x.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     if routes.num_limited_groups < routes.num_groups:
         choice_TGe = choice_TE.unflatten(1, (routes.num_groups, -1))
@@ -40,13 +42,13 @@ def select_reference(choice_TE: Tensor, routes: Routes) -> Tensor:
     return best(choice_TE, routes.top_k)
 
 
-def route_reference(logits_TE: Tensor, bias_E: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_reference(logits_TE: Tensor, choose: Callable[[Tensor], Tensor], routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     score_TE = logits_TE.softmax(1) if routes.softmax else logits_TE.sigmoid()
-    expert_TK = select_reference(score_TE + bias_E, routes)
+    expert_TK = choose(score_TE.detach())
     weight_TK = score_TE.gather(1, expert_TK)
     if routes.norm_topk:
         weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)
-    count_E = expert_TK.new_zeros(len(bias_E)).scatter_add_(0, expert_TK.flatten(), torch.ones_like(expert_TK).flatten())
+    count_E = expert_TK.new_zeros(logits_TE.shape[1]).scatter_add_(0, expert_TK.flatten(), torch.ones_like(expert_TK).flatten())
     return weight_TK * routes.route_scale, score_TE, expert_TK, count_E
 
 
@@ -213,10 +215,23 @@ def _route(
     routes = Routes(top_k=top_k, **groups, softmax=softmax, norm_topk=norm, route_scale=scale)
     if logits_TE.is_cuda and logits_TE.dtype == torch.float32:  # FP64 is for proofs
         return route_triton(logits_TE.contiguous(), bias_E.contiguous(), routes)
-    return route_reference(logits_TE, bias_E, routes)
+    return route_reference(logits_TE, lambda score_TE: select(score_TE, bias_E, routes), routes)
 
 
 _route.register_fake(lambda logits_TE, bias_E, top_k, *_: _empty(logits_TE, top_k))
+
+
+@torch.library.custom_op("shoestring::route_backward", mutates_args=())
+def _route_backward(
+    grad_TK: Tensor, grad_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, softmax: bool, norm: bool, scale: float
+) -> Tensor:
+    routes = Routes(top_k=expert_TK.shape[1], softmax=softmax, norm_topk=norm, route_scale=scale)
+    if score_TE.is_cuda and score_TE.dtype == torch.float32:
+        return route_backward_triton(grad_TK.contiguous(), grad_TE.contiguous(), score_TE, expert_TK, routes)
+    return route_backward_reference(grad_TK, grad_TE, score_TE, expert_TK, routes)
+
+
+_route_backward.register_fake(lambda grad_TK, grad_TE, score_TE, *_: torch.empty_like(score_TE))
 
 
 class _Route(torch.autograd.Function):
@@ -230,16 +245,19 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TK, grad_TE, *_):
-        score_TE, expert_TK = ctx.saved_tensors
-        backward = route_backward_triton if score_TE.is_cuda and score_TE.dtype == torch.float32 else route_backward_reference
-        return backward(grad_TK.contiguous(), grad_TE.contiguous(), score_TE, expert_TK, ctx.routes), None, None
+        r = ctx.routes
+        return _route_backward(grad_TK, grad_TE, *ctx.saved_tensors, r.softmax, r.norm_topk, r.route_scale), None, None
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, routes: Routes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(
+    logits_TE: Tensor, bias_E: Tensor, routes: Routes, *, choose: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(T, E) and (E,), FP32 or wider -> weight_TK, score_TE (both differentiable), expert_TK (best first) and count_E (copies), int64.
 
-    T may be 0. Asks the host nothing.
+    T may be 0. Asks the host nothing. `choose`: score_TE -> expert_TK, for another choice than `select`'s; it is then no single pass.
     """
+    if choose is not None:
+        return route_reference(logits_TE, choose, routes)
     return _Route.apply(logits_TE, bias_E, routes)
 
 

@@ -221,15 +221,17 @@ class _Routers:
 def _choice(m: ModelConfig, biased_TE: Tensor) -> tuple[Tensor, Tensor]:
     """(T, K) experts and (T,) margins: the choice is the same while each score moves by less than half its token's margin.
 
-    A lower bound: groups may change and the experts not. A group's two best scores make its rating, which moves by twice as much.
+    Of equals the first. A lower bound: groups may change and the experts not. A group's two best scores make its rating, which moves by
+    twice as much.
     """
+    best = lambda x, k: x.sort(dim=1, descending=True, stable=True).indices[:, :k]
     margin_T = torch.full_like(biased_TE[:, 0], torch.inf)
     if m.num_limited_groups < m.num_groups:
         rating_TG = biased_TE.unflatten(1, (m.num_groups, -1)).topk(2).values.sum(-1)
         margin_T = _gap(rating_TG, m.num_limited_groups) / 2
-        allowed_TG = F.one_hot(rating_TG.topk(m.num_limited_groups).indices, m.num_groups).sum(1) > 0
+        allowed_TG = F.one_hot(best(rating_TG, m.num_limited_groups), m.num_groups).sum(1) > 0
         biased_TE = biased_TE.masked_fill(~allowed_TG.repeat_interleave(m.num_experts // m.num_groups, 1), -torch.inf)
-    return biased_TE.topk(m.top_k).indices, torch.minimum(margin_T, _gap(biased_TE, m.top_k))
+    return best(biased_TE, m.top_k), torch.minimum(margin_T, _gap(biased_TE, m.top_k))
 
 
 def _gap(x: Tensor, k: int) -> Tensor:

@@ -77,6 +77,28 @@ def test_bias_chooses_and_does_not_weigh():
 
 
 @cases
+def test_a_choice_from_outside_that_is_its_own_changes_nothing(case):
+    tokens, experts, r = case
+    logits, bias = given_logits(tokens, experts)
+    results = []
+    for choose in (None, lambda score: module.select(score, bias, r)):
+        own = logits.clone().requires_grad_()
+        out = route(own, bias, r, choose=choose)
+        torch.autograd.backward(out[:2], [torch.ones_like(out[0]), out[1].detach()])
+        results.append((*out, own.grad))
+    *one, grad = results[0]
+    *other, other_grad = results[1]
+    assert all(torch.equal(a, b) for a, b in zip(one, other)) and torch.allclose(grad, other_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_choice_from_outside():
+    logits, r = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], dtype=torch.float64), Routes(top_k=1, norm_topk=False)
+    weight, _, expert, count = route(logits, torch.zeros(3), r, choose=lambda score: torch.tensor([[0], [1]]))
+    assert expert.tolist() == [[0], [1]] and count.tolist() == [1, 1, 0]
+    assert weight.flatten().tolist() == pytest.approx([0.5, 1 / (1 + 2.718281828459045**-4)])
+
+
+@cases
 def test_gradients(case):
     """Of the weights, and of the scores, which the balance loss reads."""
     tokens, experts, r = case

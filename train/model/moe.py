@@ -5,7 +5,6 @@ T tokens   D model dim   F expert hidden dim   E experts   e experts on this ran
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from ...conf.schema import ModelConfig
 from ...kernels.fp8_rows import Fp8Rows
 from ...kernels.grouped import RowGroups
 from ...kernels.ops import Ops
+from ...kernels.router import Routes, route
+from ...kernels.router import select as select_experts
 from ...parallel.dispatch import Routing
 
 
@@ -28,9 +29,6 @@ class Balance:
     sequence_coef: float
     z_coef: float
     token_weight: float
-
-
-SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -53,10 +51,18 @@ class Router(nn.Module):
 
     def __init__(self, m: ModelConfig, balance: Balance, dtype: torch.dtype):
         super().__init__()
-        if m.score_func not in SCORES or (m.score_func == "softmax" and m.num_limited_groups < m.num_groups):
+        if m.score_func not in ("sigmoid", "softmax") or (m.score_func == "softmax" and m.num_limited_groups < m.num_groups):
             groups = f"{m.num_limited_groups} of {m.num_groups} groups"
             raise ValueError(f"model.score_func = {m.score_func} with {groups}: want sigmoid, or softmax with all groups")
-        self.m, self.balance = m, balance
+        self.balance = balance
+        self.routes = Routes(
+            top_k=m.top_k,
+            num_groups=m.num_groups,
+            num_limited_groups=m.num_limited_groups,
+            softmax=m.score_func == "softmax",
+            norm_topk=m.norm_topk,
+            route_scale=m.route_scale,
+        )
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=dtype))
         self.register_buffer("bias", torch.zeros(m.num_experts, dtype=torch.promote_types(dtype, torch.float32)))
 
@@ -74,29 +80,18 @@ class Router(nn.Module):
         `again`: makes `u_TD` for backward, where nobody keeps it. `select`: another choice than `self.select`.
         """
         logits_TE = _gate(u_TD, self.weight, ops, again or u_TD.detach)
-        score_TE = SCORES[self.m.score_func](logits_TE)
-        expert_TK = (select or self.select)(score_TE.detach())
-        weight_TK = score_TE.gather(1, expert_TK)
-        if self.m.norm_topk:
-            weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)
-        weight_TK = weight_TK * self.m.route_scale
+        weight_TK, score_TE, expert_TK, load_E = route(logits_TE, self.bias, self.routes, choose=select)
         balance = sequence_balance_loss(score_TE, expert_TK, seq_len)
         z = logits_TE.logsumexp(1).square().sum()
         b = self.balance
         if torch.is_grad_enabled() and (b.sequence_coef or b.z_coef):
             weight_TK = _AttachLoss.apply(weight_TK, b.token_weight * (b.sequence_coef * balance * seq_len + b.z_coef * z))
         sums = {"balance": balance.detach() * seq_len, "z": z.detach(), "entropy": entropy(score_TE.detach()).sum()}
-        return weight_TK, Routing(expert_TK=expert_TK, sums=sums)
+        return weight_TK, Routing(expert_TK=expert_TK, sums=sums, load_E=load_E)
 
     def select(self, score_TE: Tensor) -> Tensor:
-        """Top-k of score + bias, from the `num_limited_groups` groups whose two best experts add up highest."""
-        m, choice_TE = self.m, score_TE + self.bias
-        if m.num_limited_groups < m.num_groups:
-            choice_TGe = choice_TE.view(-1, m.num_groups, m.num_experts // m.num_groups)
-            best_TL = choice_TGe.topk(2, 2).values.sum(2).topk(m.num_limited_groups, 1).indices
-            closed_TG = torch.ones_like(choice_TGe[:, :, 0], dtype=torch.bool).scatter_(1, best_TL, False)
-            choice_TE = choice_TGe.masked_fill(closed_TG[:, :, None], -torch.inf).flatten(1)
-        return choice_TE.topk(m.top_k, 1).indices
+        """(T, K), as `forward` chooses."""
+        return select_experts(score_TE, self.bias, self.routes)
 
 
 def _gate(u_TD: Tensor, weight_ED: Tensor, ops: Ops, again: Callable[[], Tensor]) -> Tensor:

@@ -252,7 +252,7 @@ def route_scale_forgotten():
     @instead_of(Router, "forward")
     def forward(right, self, *args, **kwargs):
         weight_TK, routing = right(self, *args, **kwargs)
-        return weight_TK / self.m.route_scale, routing
+        return weight_TK / self.routes.route_scale, routing
 
 
 @mistake("ep2", caught_by="loss of step 1")

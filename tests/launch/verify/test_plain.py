@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.conf.schema import ModelConfig, OptimConfig
+from shoestring.kernels.router import Routes, select
 from shoestring.launch.local import fork_ranks
 from shoestring.launch.verify import plain
 from shoestring.launch.verify.plain_optimizer import learning_rate, orthogonal
@@ -108,6 +109,13 @@ def session(words, choose):
     trainer.run(config, torch.device("cpu"), log=lambda line: None, watch=watch)
     rates = [record.lr for record in read_records(f"{config.run_dir}/metrics.jsonl")]
     return watch.first, watch.rows, watch.steps, rates
+
+
+def test_of_equals_the_first_as_the_router_takes_them():
+    m = load([*BASE, "model.num_experts=32", "model.num_groups=8", "model.num_limited_groups=3", "model.top_k=6"]).model
+    score_TE = torch.randint(0, 4, (500, 32), generator=torch.Generator().manual_seed(0)) / 4
+    routes = Routes(top_k=6, num_groups=8, num_limited_groups=3)
+    assert torch.equal(plain._choice(m, score_TE)[0], select(score_TE, torch.zeros(32), routes))
 
 
 @pytest.mark.parametrize("name", CASES)

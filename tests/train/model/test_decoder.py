@@ -17,6 +17,7 @@ from shoestring.parallel.dispatch import make_dispatcher
 from shoestring.train.model.decoder import CausalLM, Stage, materialise, named_weights
 from shoestring.train.model.moe import Balance, Experts, Router, entropy, sequence_balance_loss
 from shoestring.train.model.rope import rotations, softmax_scale
+from torch._subclasses import FakeTensorMode
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
@@ -102,6 +103,24 @@ def test_the_gate_is_wide_in_bf16():
     score = torch.sigmoid(u.double() @ made.weight.double().T).gather(1, expert_TK)
     assert weight_TK.dtype == torch.float32 and made.bias.dtype == torch.float32
     torch.testing.assert_close(weight_TK.double(), 2.5 * score / score.sum(1, keepdim=True), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+def test_the_host_is_never_asked(score_func):
+    """Fake tensors have no values: whatever asks for one (`.item()`, a boolean index, bincount) raises."""
+    m = small(score_func=score_func, num_limited_groups=4)
+    with FakeTensorMode():
+        made, ops = Router(m, Balance(sequence_coef=0.1, z_coef=0.1, token_weight=1.0), torch.bfloat16), Ops()
+        u = torch.empty(6, m.dim, dtype=torch.bfloat16, requires_grad=True)
+        weight_TK, routing = made(u, 3, ops)
+        weight_TK.sum().backward()
+        assert u.grad.shape == u.shape and routing.load_E.shape == (m.num_experts,) and routing.load_E.dtype == torch.int64
+
+
+def test_counts_of_the_choice():
+    m = small()
+    _, routing = router(m)(torch.randn(6, m.dim, dtype=torch.float64), 3, Ops())
+    assert routing.load_E.tolist() == [(routing.expert_TK == e).sum() for e in range(m.num_experts)]
 
 
 # ---------------------------------------------------------------- its losses
