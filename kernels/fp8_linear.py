@@ -128,8 +128,9 @@ CONFIGS = tuple(
 
 
 def _chosen(kernel: Callable, grouped: bool) -> KernelConfig:
-    """For the current GPU. Warp specialisation is Hopper's."""
-    return choose(CONFIGS, kernel, GROUPED=grouped, SPECIALISED=torch.cuda.get_device_capability() == (9, 0))
+    """The first that is for the current GPU. Warp specialisation is Hopper's."""
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    return choose(tuple(c for c in CONFIGS if hopper or not c.warp_specialised), kernel, GROUPED=grouped)
 
 
 def matmul_triton(

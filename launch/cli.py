@@ -212,6 +212,32 @@ def _verify(args: argparse.Namespace) -> int:
     return _call("shoestring.launch.verify.command:main", args.overrides, args.config_dir)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    kernels = actions.add_parser("kernels", help="every op: right, how fast, and beside what torch has")
+    kernels.add_argument("--only", default="", metavar="OPS", help="comma-separated parts of ops' names, such as 'fp8 wgrad,swiglu'")
+    kernels.add_argument("--shapes", default="", metavar="SHAPES", help="comma-separated parts of shapes, such as x7168x2048")
+    kernels.add_argument("--tune", action="store_true", help="time every configuration of kernels that have several")
+    kernels.add_argument("--check", action="store_true", help="no times: only whether results are right")
+    kernels.add_argument("--keep", action="store_true", help="as the last result of this device, in the checkout's docs/results")
+    step = actions.add_parser("step", help="train a cut-down DeepSeek-V3 in bf16 and fp8: tokens/s, MFU, memory, loss")
+    step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="another model: " + _OVERRIDES)
+    step.add_argument("--steps", type=int, default=30, metavar="N", help="in each precision (default: 30)")
+    step.add_argument("--limit", dest="limit_s", type=float, default=300.0, metavar="SECONDS", help="for each precision (default: 300)")
+    step.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="for the runs' records (default: runs/bench)")
+    for action in (kernels, step):
+        action.add_argument("--json", dest="json_path", type=Path, metavar="PATH", help="write everything as JSON")
+        action.add_argument("--page", dest="page_path", type=Path, metavar="PATH", help="write a page of charts and tables")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    environment.prepare(threads=1)
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "action", "overrides")}
+    if args.action == "step":
+        return _call("shoestring.launch.bench.command:train_step", args.overrides, **options)
+    return _call("shoestring.launch.bench.command:kernels", **options)
+
+
 COMMANDS = {
     "train": Command(
         help="train a model, or go on with a run that was stopped",
@@ -263,6 +289,16 @@ COMMANDS = {
             "shoestring verify layouts=all world=8                         every layout of eight processes, every pair of options",
             "shoestring verify model=tiny layouts=pp2ep2,ep4 steps=2       two layouts of another model",
             "shoestring verify target=deepspeed                            DeepSpeed's expert parallelism under the same certificate",
+        ),
+    ),
+    "bench": Command(
+        help="time the kernels and a training step on this machine's GPU, beside what torch and others have",
+        arguments=_bench_arguments,
+        run=_bench,
+        examples=(
+            "shoestring bench kernels --tune --page bench.html             every op, every configuration; without a GPU only correctness",
+            "shoestring bench kernels --only 'fp8 fprop' --shapes x7168x   some ops, some shapes",
+            "shoestring bench step --json step.json                        a cut-down DeepSeek-V3 in bf16 and in fp8",
         ),
     ),
     "report": Command(
