@@ -162,7 +162,7 @@ class Stage(nn.Module):
                 ComputePhase("mlp", self._mlp(block), recompute=experts),
                 EmptyPhase("combine"),
             ]
-        self.stats[layer] = stats = RouterStats(load_E=torch.zeros(self.m.num_experts, dtype=torch.int64, device="cpu"))
+        self.stats[layer] = stats = RouterStats(load_E=torch.zeros((), dtype=torch.int64, device="cpu"))
         start = lambda h_TD, u_TD, weight_TK, r, *carried: self.dispatcher.start(r, self.slot_of.get(layer))
         return [
             ComputePhase("attention", self._attend_and_route(layer, block), recompute=attention, after=start),

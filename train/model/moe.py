@@ -151,11 +151,11 @@ class Experts(nn.Module):
 class RouterStats:
     """What one MoE layer's router did since the last `take`: copies per expert on this rank, and sums over tokens (`Routing.sums`)."""
 
-    load_E: Tensor  # int64
+    load_E: Tensor  # int64; a scalar zero before the first: it adds to counts on any device, and the host does not wait
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def observe(self, r: Routing) -> None:
-        self.load_E += r.load_E
+        self.load_E = self.load_E + r.load_E
         for name, value in r.sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()  # of thousands of micro-batches: FP32 would drift
 
