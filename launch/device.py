@@ -4,6 +4,7 @@ import torch
 
 from ..conf.schema import Config, ConfigError
 from .environment import Place
+from .validate import check_gpu
 
 
 def choose_type(config: Config) -> str:
@@ -18,7 +19,7 @@ def choose_type(config: Config) -> str:
 
 
 def start(config: Config, place: Place) -> torch.device:
-    """This rank's device, current from now on. Raises ConfigError if it is not there."""
+    """This rank's device, current from now on. Raises ConfigError if it is not there, or lacks what the precision wants."""
     if choose_type(config) == "cpu":
         torch.set_num_threads(config.launch.threads)
         return torch.device("cpu")
@@ -27,4 +28,5 @@ def start(config: Config, place: Place) -> torch.device:
         raise ConfigError("launch.device", "cuda", f"local rank {place.local_rank} has no GPU of its own: this machine has {count}")
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
+    check_gpu(config, torch.cuda.get_device_capability(device))
     return device

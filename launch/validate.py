@@ -1,8 +1,9 @@
-"""All rules that a configuration must obey before any process starts: each owner's, and the size of the world."""
+"""All rules that a configuration must obey before any process starts: each owner's, the size of the world; and what a rank's GPU can."""
 
 from ..conf.errors import ConfigError, closest
 from ..conf.phases import phases
 from ..conf.schema import Config
+from ..kernels.configs import FP8_TENSOR_CORES
 from ..parallel import dispatch, placement, schedule
 from ..parallel.optimizer import make as optimizer
 from ..train.data import corpus as data
@@ -26,6 +27,17 @@ def validate(config: Config, world_size: int | None = None) -> None:
             raise ConfigError(error.field, error.value, f"{error.rule} (in phase {phase.name})", error.nearest) from None
     if world_size is not None and all(phase.config.parallel.world_size != world_size for phase in phases(config)):
         _check_world(phases(config)[0].config, world_size)
+
+
+def check_gpu(config: Config, capability: tuple[int, int]) -> None:
+    """Raises ConfigError for a precision that a GPU of this compute capability, such as (9, 0), has not. Asked by a rank: who asks a GPU
+    cannot fork any more."""
+    wanted = min(FP8_TENSOR_CORES)
+    if 10 * capability[0] + capability[1] >= wanted:
+        return
+    if any(phase.config.precision.linear == "fp8" for phase in phases(config)):
+        rule = f"this GPU's compute capability is {capability[0]}.{capability[1]}, and FP8 products want {wanted / 10} (H100) or newer"
+        raise ConfigError("precision.linear", "fp8", f"{rule}; train here with precision=bf16", "compute")
 
 
 def _check_world(config: Config, world_size: int) -> None:

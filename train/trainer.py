@@ -25,6 +25,7 @@ from .checkpoint.checkpointer import Checkpointer, find_latest, read_extra
 from .data.corpus import open_corpus
 from .engine import StepResult, Watch
 from .metrics import StepRecord, Summary
+from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 
@@ -235,6 +236,7 @@ class _Session:
             f"{named}{size} sequences of {c.data.seq_len} a step, in micro-batches of {c.train.micro_batch_sequences}; "
             f"{units.count(phase.num_tokens)} tokens in {phase.num_steps} steps; {metrics.layout_name(c.parallel)}"
         )
+        self.log(str(kernel_of(c.model, c.data.seq_len, self.part.engine.dtype, self.device)))
 
     def _summary(self) -> Summary | None:
         if not self.is_main or not self.metrics_path.exists():

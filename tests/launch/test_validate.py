@@ -4,7 +4,7 @@ import pytest
 from shoestring.conf.compose import load
 from shoestring.conf.errors import ConfigError
 from shoestring.conf.rules import replaced
-from shoestring.launch.validate import validate
+from shoestring.launch.validate import check_gpu, validate
 
 OWNERS = [
     # words, field, a piece of the rule
@@ -35,6 +35,19 @@ def test_an_owners_rule(words, field, rule):
             validate(replaced(config, field, caught.value.nearest))
         except ConfigError as other:  # a kind of source wants fields of its own
             assert other.field != field
+
+
+@pytest.mark.parametrize("capability, name", [((8, 0), "A100"), ((8, 9), "L40S: no kernel here is compiled for it"), ((7, 5), "T4")])
+def test_no_fp8_on_a_gpu_without(capability, name):
+    with pytest.raises(ConfigError, match=rf"{capability[0]}\.{capability[1]}.*9\.0 \(H100\).*precision=bf16") as caught:
+        check_gpu(load(["precision=fp8"]), capability)
+    check_gpu(replaced(load(["precision=fp8"]), caught.value.field, caught.value.nearest), capability)
+    check_gpu(load(["precision=bf16"]), capability)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 1)])
+def test_fp8_on_a_gpu_that_has_it(capability):
+    check_gpu(load(["precision=fp8"]), capability)
 
 
 WORLDS = [

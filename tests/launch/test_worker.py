@@ -118,6 +118,16 @@ def test_a_rank_among_others_takes_any_number_of_signals_as_one():
     assert _in_a_child(several) == 0
 
 
+def test_a_rank_asks_its_gpu(monkeypatch):
+    """A machine of two A100s, as torch tells of it."""
+    answers = {"is_available": True, "device_count": 2, "set_device": None, "get_device_capability": (8, 0)}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert device.start(load(["precision=bf16"]), Place(rank=1, local_rank=1, world_size=2)) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"precision\.linear = fp8: .* 8\.0, .* precision=bf16"):
+        device.start(load(["precision=fp8"]), Place(rank=1, local_rank=1, world_size=2))
+
+
 def test_cuda_that_is_not_there_is_a_wrong_setting():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -196,6 +196,13 @@ def test_what_may_change_is_told(words):
     ]
 
 
+@pytest.mark.parametrize("value_dim, padded", [(32, ", values padded by 16 columns: 20% more work"), (48, "")])
+def test_the_attention_kernel_is_told(words, value_dim, padded):
+    """Keys of 48 columns: 48 + 48 instead of 48 + 32."""
+    heads = ["model.qk_nope_head_dim=32", "model.qk_rope_head_dim=16", f"model.v_head_dim={value_dim}"]
+    assert f"attention by flash{padded}" in fork_ranks(1, told, words(f"heads{value_dim}", "train.stop_after=1", *heads))[0]
+
+
 def told(overrides):
     lines = []
     trainer.run(load(overrides), torch.device("cpu"), log=lines.append)

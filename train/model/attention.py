@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from ...conf.schema import ModelConfig
-from ...kernels.attention import Heads
+from ...kernels.attention import AttentionKernel, Heads, attention_kernel
 from ...kernels.ops import Ops
 from .rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # of the norms on the latents, whatever the model's norm_eps: as released
+
+
+def kernel_of(m: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device) -> AttentionKernel:
+    """That computes attention in training, asked with one sequence's heads as `Attention` lays them out."""
+    new = lambda width: torch.empty(1, seq_len, m.num_heads, width, dtype=dtype, device=device, requires_grad=True).transpose(1, 2)
+    keys, up = new(m.qk_head_dim), new(m.qk_nope_head_dim + m.v_head_dim)
+    return attention_kernel(keys, keys, up[..., m.qk_nope_head_dim :])
 
 
 class Attention(nn.Module):
