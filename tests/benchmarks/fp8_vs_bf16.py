@@ -39,7 +39,7 @@ SEQ_LEN = 256
 SETTINGS = (
     # Every width that a product sums over is a whole number of FP8's blocks of 128.
     "model=tiny", "model.num_layers=3", "model.q_lora_rank=128", "model.kv_lora_rank=128", "model.qk_nope_head_dim=16",
-    "model.top_k=3", "data=stdlib", f"data.seq_len={SEQ_LEN}", "data.eval_fraction=0.05",
+    "model.top_k=2", "data=stdlib", f"data.seq_len={SEQ_LEN}", "data.eval_fraction=0.05",
     "parallel=single", "cluster=cpu", "launch.device=cpu", "optim.lr=3e-3",
     f"train.global_batch_tokens={BATCH_TOKENS}", f"train.micro_batch_sequences={BATCH_TOKENS // SEQ_LEN}",
     "checkpoint.keep_last=1", "launch.log_interval=50",
@@ -314,7 +314,7 @@ def plot(runs: Runs, path: Path) -> None:
             end = interval(at_end(runs, name))
             at = tokens[-1] * (1.04 + 0.03 * offset)
             differences.errorbar(at, end.mean, end.half, fmt="o", markersize=4, capsize=3, color=ARMS[name].colour)
-        titled(differences, "difference to BF16, per cent (bars: 95 % at the end; grey: the aim)")
+        titled(differences, "held-out loss, difference to BF16, per cent")
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -331,6 +331,7 @@ def titled(axes, title: str) -> None:
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(_millions)
     axes.set_xlim(0)
+    axes.locator_params("x", nbins=5)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 

@@ -75,7 +75,7 @@ def test_the_verdict_says_when_the_interval_is_wider_than_the_aim(script, fp8, s
 
 
 def test_the_model_is_what_was_promised(script):
-    """At most 1 M active parameters; every FP8 linear sums over whole blocks of 128, forward; 100 k held-out tokens."""
+    """At most 1 M active parameters; every FP8 linear sums over whole blocks of 128, forward."""
     m = load([*script.SETTINGS, "precision=fp8"]).model
     assert cost.num_params(m).active <= 1_000_000
     summed = (m.dim, m.q_lora_rank, m.kv_lora_rank, m.num_heads * m.v_head_dim, m.dense_hidden_dim, m.expert_hidden_dim)
