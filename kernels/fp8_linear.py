@@ -98,10 +98,15 @@ def add_fp8_outer_kernel(
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
-_FORMS = {  # the first that the GPU is for is launched; which is the fastest, a GPU has to say
+_FORMS = {  # the first that the GPU is for is launched; which is the fastest, a GPU has to say: `shoestring bench kernels --tune`
     "specialised": dict(tile=(128, 128), specialised=True, num_warps=4, num_stages=4, architectures=(90,)),  # on Blackwell it spills
     "eight warps": dict(tile=(128, 128), specialised=False, num_warps=8, num_stages=3),
     "two programs per SM": dict(tile=(64, 128), specialised=False, num_warps=4, num_stages=3),
+    "specialised, five stages": dict(tile=(128, 128), specialised=True, num_warps=4, num_stages=5, architectures=(90,)),
+    "specialised, narrow": dict(tile=(128, 64), specialised=True, num_warps=4, num_stages=6, architectures=(90,)),
+    "eight warps, four stages": dict(tile=(128, 128), specialised=False, num_warps=8, num_stages=4, architectures=(90,)),
+    "two programs per SM, narrow": dict(tile=(128, 64), specialised=False, num_warps=4, num_stages=3, architectures=(90,)),
+    "eight warps, tall": dict(tile=(256, 64), specialised=False, num_warps=8, num_stages=3, architectures=(90,)),
 }
 _OPERANDS = {"a": "*fp8e4nv", "b": "*fp8e4nv", "a_scales": "*fp32", "b_scales": "*fp32", "N": "i32:16", "K": "i32:16"}
 _MATMUL = {**_OPERANDS, "c": "*bf16", "expert_of_tile": "*i32", "M": "i32", "B_ROWS": "i32:16"}
@@ -124,6 +129,7 @@ CONFIGS = tuple(
     for kernel, name, signature in ((fp8_matmul_kernel, "fp8_matmul", _MATMUL), (add_fp8_outer_kernel, "add_fp8_outer", _OUTER))
     for grouped in (False, True)
     for form, how in _FORMS.items()
+    if not grouped or how["tile"][0] <= BLOCK  # a tile of rows has one expert
 )
 
 

@@ -164,11 +164,12 @@ CONFIGS = (
     *(
         KernelConfig(
             kernel=quantise_rows_kernel,
-            name=f"quantise_rows{', powers of two' if power_of_two else ''}",
+            name=f"quantise_rows{', powers of two' if power_of_two else ''}{'' if rows == 16 else f', {rows} rows'}",
             signature={"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", **_SIZES},
-            meta={"POWER_OF_TWO": power_of_two, "ROWS": 16},
-            architectures=FP8_TENSOR_CORES,
+            meta={"POWER_OF_TWO": power_of_two, "ROWS": rows},
+            architectures=FP8_TENSOR_CORES if rows == 16 else (90,),
         )
+        for rows in (16, 8, 32)  # launched is the first: `shoestring bench kernels --tune` says which should be
         for power_of_two in (False, True)
     ),
     KernelConfig(
@@ -182,12 +183,13 @@ CONFIGS = (
     *(
         KernelConfig(
             kernel=quantise_columns_kernel,
-            name="columns_of" if from_fp8 else "quantise_columns",
+            name=("columns_of" if from_fp8 else "quantise_columns") + ("" if columns == 64 else f", {columns} columns"),
             signature={"x": "*fp8e4nv" if from_fp8 else "*bf16", "row_scales": "*fp32", "codes": "*fp8e4nv", "scales": "*fp32", **_SIZES},
-            meta={"FROM_FP8": from_fp8, "COLUMNS": 64},
-            num_warps=8,
-            architectures=FP8_TENSOR_CORES,
+            meta={"FROM_FP8": from_fp8, "COLUMNS": columns},
+            num_warps=8 if columns == 64 else 4,
+            architectures=FP8_TENSOR_CORES if columns == 64 else (90,),
         )
+        for columns in (64, 32)
         for from_fp8 in (False, True)
     ),
 )

@@ -90,15 +90,16 @@ def _rms_norm_quantised_kernel(
 CONFIGS = tuple(
     KernelConfig(
         kernel=_rms_norm_quantised_kernel,
-        name=f"rms_norm, quantised, {128 * blocks} wide{', power of two' if power_of_two else ''}",
+        name=f"rms_norm, quantised, {128 * blocks} wide{', power of two' if power_of_two else ''}{f', {warps} warps' if warps else ''}",
         signature={"x": "*bf16", "weight": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "norms": "*fp32"}
         | {"R": "i32:16", "D": "i32:16", "eps": "fp32", "floor": "fp32"},
         meta={"POWER_OF_TWO": power_of_two, "BLOCKS": blocks},
-        num_warps=max(1, min(8, blocks // 8)),
-        architectures=FP8_TENSOR_CORES,
+        num_warps=warps or max(1, min(8, blocks // 8)),
+        architectures=(90,) if warps else FP8_TENSOR_CORES,
     )
+    for warps in (0, 4, 16)  # 0: by width. Launched is the first: `shoestring bench kernels --tune` says which should be
     for power_of_two in (False, True)
-    for blocks in (4, 16, 64)  # a latent of 512; of 1536; a model of 7168
+    for blocks in ((64,) if warps else (4, 16, 64))  # a latent of 512; of 1536; a model of 7168
 )
 
 
@@ -139,6 +140,16 @@ def rms_norm_quantised(x_RD: Tensor, weight_D: Tensor, eps: float, *, power_of_t
     """
     codes, scales, scale_R1 = _quantised_op(x_RD, weight_D, eps, power_of_two)
     return Quantised(codes, scales), scale_R1
+
+
+def rms_norm_bytes(rows: int, dim: int) -> int:
+    """BF16 rows and weight read; BF16 rows and one FP32 each written."""
+    return 4 * rows * dim + 2 * dim + 4 * rows
+
+
+def rms_norm_backward_bytes(rows: int, dim: int) -> int:
+    """BF16 gradient, rows and weight and one FP32 a row read; gradients of rows and weight written."""
+    return 6 * rows * dim + 4 * dim + 4 * rows
 
 
 def rms_norm_quantised_bytes(rows: int, dim: int) -> int:

@@ -116,34 +116,38 @@ def _swiglu_backward_kernel(
         tl.store(grad_weight_R + rows, along, mask=rows < R)
 
 
-def _forward_config(from_fp8: bool, weighted: bool) -> KernelConfig:
+def _forward_config(from_fp8: bool, weighted: bool, rows: int) -> KernelConfig:
     tensors = {"gate_up": "*fp8e4nv" if from_fp8 else "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
     tensors |= ({"in_scales": "*fp32"} if from_fp8 else {}) | ({"weight_R": "*fp32"} if weighted else {})
     absent = {name: None for name in ("in_scales", "weight_R") if name not in tensors}
     return KernelConfig(
         kernel=_swiglu_quantised_kernel,
-        name=f"swiglu, quantised, from {'fp8' if from_fp8 else 'bf16'}{', weighted' if weighted else ''}",
+        name=f"swiglu, quantised, from {'fp8' if from_fp8 else 'bf16'}{', weighted' if weighted else ''}{_of(rows, 16)}",
         signature=tensors | {"R": "i32:16", "F": "i32:16", "floor": "fp32"},
-        meta=absent | {"FROM_FP8": from_fp8, "WEIGHTED": weighted, "ROWS": 16},
-        architectures=FP8_TENSOR_CORES,
+        meta=absent | {"FROM_FP8": from_fp8, "WEIGHTED": weighted, "ROWS": rows},
+        architectures=FP8_TENSOR_CORES if rows == 16 else (90,),
     )
 
 
-def _backward_config(weighted: bool) -> KernelConfig:
+def _backward_config(weighted: bool, rows: int) -> KernelConfig:
     tensors = {"codes": "*fp8e4nv", "scales": "*fp32", "grad": "*bf16", "grad_gate_up": "*bf16"}
     weights = {"weight_R": "*fp32", "grad_weight_R": "*fp32"}
     return KernelConfig(
         kernel=_swiglu_backward_kernel,
-        name=f"swiglu, backward from fp8{', weighted' if weighted else ''}",
+        name=f"swiglu, backward from fp8{', weighted' if weighted else ''}{_of(rows, 8)}",
         signature=tensors | (weights if weighted else {}) | {"R": "i32:16", "F": "i32:16"},
-        meta=({} if weighted else dict.fromkeys(weights)) | {"WEIGHTED": weighted, "ROWS": 8},
-        architectures=FP8_TENSOR_CORES,
+        meta=({} if weighted else dict.fromkeys(weights)) | {"WEIGHTED": weighted, "ROWS": rows},
+        architectures=FP8_TENSOR_CORES if rows == 8 else (90,),
     )
 
 
-CONFIGS = (
-    *(_forward_config(from_fp8, weighted) for from_fp8 in (False, True) for weighted in (False, True)),
-    *(_backward_config(weighted) for weighted in (False, True)),
+def _of(rows: int, usual: int) -> str:
+    return "" if rows == usual else f", {rows} rows"
+
+
+CONFIGS = (  # of the rows, the first are launched: `shoestring bench kernels --tune` says which should be
+    *(_forward_config(from_fp8, weighted, rows) for rows in (16, 8) for from_fp8 in (False, True) for weighted in (False, True)),
+    *(_backward_config(weighted, rows) for rows in (8, 4) for weighted in (False, True)),
 )
 
 
@@ -239,6 +243,12 @@ def swiglu_quantised_bytes(rows: int, hidden_dim: int, *, from_fp8: bool, weight
     return read + rows_bytes(rows, hidden_dim) + 4 * rows * weighted
 
 
-def swiglu_backward_bytes(rows: int, hidden_dim: int, *, weighted: bool) -> int:
-    """Read and written by `swiglu_backward` of a BF16 gradient, each once."""
-    return rows_bytes(rows, 2 * hidden_dim) + 2 * rows * hidden_dim * 3 + 8 * rows * weighted
+def swiglu_bytes(rows: int, hidden_dim: int, *, weighted: bool) -> int:
+    """Read and written by `swiglu` of BF16, each once."""
+    return 2 * rows * hidden_dim * 3 + 4 * rows * weighted
+
+
+def swiglu_backward_bytes(rows: int, hidden_dim: int, *, weighted: bool, from_fp8: bool = True) -> int:
+    """Read and written for the gradients, of a BF16 gradient and the input in FP8 (`swiglu_backward`) or BF16 (`swiglu`), each once."""
+    read = rows_bytes(rows, 2 * hidden_dim) if from_fp8 else 4 * rows * hidden_dim
+    return read + 2 * rows * hidden_dim * 3 + 8 * rows * weighted

@@ -62,7 +62,7 @@ def kernels(
             screen.say(f"{NO_GPU}: correctness only, at small sizes; nothing is timed.\n")
         screen.status("measuring what this device does at best ...")
         found = _new(_command(only, shapes, tune, check), bench, ceilings(bench) if bench.clock and gpu else {})
-        _run(cases, bench, found, screen)
+        _run(cases, bench, found, screen, lambda: json_path and results.write(json_path, found))
         found = dataclasses.replace(found, seconds=round(time.monotonic() - began, 1))
         _conclude(found, screen)
         for path, write in _outputs(found, json_path, page_path, keep):
@@ -89,7 +89,8 @@ def _new(command: str, bench: Bench, found: dict[str, float]) -> Results:
     )  # fmt: skip
 
 
-def _run(cases: Sequence[Case], bench: Bench, found: Results, screen: Screen) -> None:
+def _run(cases: Sequence[Case], bench: Bench, found: Results, screen: Screen, save: Callable[[], object]) -> None:
+    """`save` after each row: whoever ends this early has what there is."""
     if bench.clock:
         screen.say(table.ceilings(found) + "\n")
     screen.say(table.HEADER if bench.clock else table.HEADER.partition("time")[0].rstrip())
@@ -98,6 +99,7 @@ def _run(cases: Sequence[Case], bench: Bench, found: Results, screen: Screen) ->
         found.rows.append(run_case(case, bench))
         for line in table.lines(found.rows[-1], found):
             screen.say(line)
+        save()
 
 
 def _conclude(found: Results, screen: Screen) -> None:
@@ -163,7 +165,7 @@ def train_step(
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
         cluster = [f"cluster={name}" for name in CLUSTERS if name in device.lower()]
-        words = [*(step.fit(torch.cuda.get_device_properties(0).total_memory) if not words else words), *cluster]
+        words = [*(words or step.fit(torch.cuda.get_device_properties(0).total_memory)), *cluster]
     found = step.run(words, out, device_name(), steps=steps, limit_s=limit_s)
     for run in found.runs:
         speed = f"{units.count(run.tokens_per_second)} tokens/s, MFU {units.percent(run.mfu)}"

@@ -1,4 +1,6 @@
-"""The matrix products of a layer: FP8 and BF16, dense and by expert. Shapes are a linear's: rows x outputs x inputs, whichever product it is.
+"""The matrix products of a layer: FP8 and BF16, dense and by expert.
+
+Shapes are a linear's, rows x outputs x inputs, whichever of its products it is.
 
 M rows   N outputs   K inputs   R rows of all experts   e experts
 """

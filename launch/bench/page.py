@@ -1,13 +1,12 @@
 """The bench as a page: what a kernel does beside its ceiling and its peers, every row as a table, and of training the loss curves."""
 
 import html
-from collections.abc import Sequence
 
 from ...train import units
 from ..report_page import Chart, Page, Tile, render
 from . import table
 from .results import Results, Row, aims
-from .step import Steps
+from .step import SLOW, Steps
 
 METHOD = [
     "Times are medians of device events around single calls, on inputs that change from call to call and together exceed the L2 cache "
@@ -69,7 +68,8 @@ def _shares(results: Results) -> Chart:
             shares, told = [100 * results.share(row) for row in rows], [[table.rate(row), table.time(row.seconds)] for row in rows]
             traces.append({
                 "type": "bar", "orientation": "h", "name": name, "x": shares, "y": [_name(row) for row in rows], "customdata": told,
-                "marker": {"color": f"@series{i}"}, "hovertemplate": "%{y}<br>%{x:.1f} %, %{customdata[0]}, %{customdata[1]}<extra></extra>",
+                "marker": {"color": f"@series{i}"},
+                "hovertemplate": "%{y}<br>%{x:.1f} %, %{customdata[0]}, %{customdata[1]}<extra></extra>",
             })  # fmt: skip
     return _bars("shares", "Share of the ceiling", "of a large product in FP8 or BF16, or of a large copy, in this run", traces, 100, " %")
 
@@ -95,7 +95,8 @@ def _rows(results: Results) -> str:
         told = [row.op, row.shape, db, table.time(row.seconds), table.rate(row), table.percent(results.share(row)), others]
         cells.append("<tr>" + "".join(f"<td>{e(text)}</td>" for text in told) + "</tr>")
     heads = "".join(f"<th>{name}</th>" for name in ("op", "shape", "dB", "time", "rate", "of ceiling", "beside"))
-    return f'<section class="card wide"><h2>Every row</h2><div style="overflow-x:auto"><table><tr>{heads}</tr>{"".join(cells)}</table></div></section>'
+    table_html = f"<table><tr>{heads}</tr>{''.join(cells)}</table>"
+    return f'<section class="card wide"><h2>Every row</h2><div style="overflow-x:auto">{table_html}</div></section>'
 
 
 # ---------------------------------------------------------------- training
@@ -116,13 +117,22 @@ def step_page(steps: Steps) -> str:
         for i, run in enumerate(steps.runs) if run.losses
     ]  # fmt: skip
     layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "nats per token"}}, "showlegend": True}
-    charts: Sequence[Chart] = (
-        [Chart("loss", "Loss", "training text, the same batches", lines, layout, wide=True, height=340)] if lines else []
-    )
-    facts = [steps.device, steps.date, f"{units.count(steps.parameters)} parameters"]
+    charts = [Chart("loss", "Loss", "training text, the same batches", lines, layout, wide=True, height=340)] if lines else []
     method = [
-        "Speed is the median of the steps after the first few; memory is the peak of the run; state is what train/cost.py has for weights, gradients and optimizer."
+        f"Speed is the median of the steps after the first {SLOW}; memory is the peak of the run.",
+        "State is what train/cost.py has for weights, gradients and optimizer; activations and buffers are not in it.",
     ]
     notes = [f"{run.precision}: {run.error}" for run in steps.runs if run.error]
-    words = "\n".join(steps.words)
-    return render(Page(title="A training step", facts=facts, status="", notes=notes, tiles=tiles, charts=list(charts), config_text=words, method=method, kind="bench"))  # fmt: skip
+    return render(
+        Page(
+            title="A training step",
+            facts=[steps.device, steps.date, f"{units.count(steps.parameters)} parameters"],
+            status="something is wrong" if notes else "done",
+            notes=notes,
+            tiles=tiles,
+            charts=charts,
+            config_text="\n".join(steps.words),
+            method=method,
+            kind="bench",
+        )
+    )

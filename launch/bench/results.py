@@ -128,13 +128,15 @@ def aims(results: Results) -> Iterator[Aim]:
     rows = [row for row in results.rows if row.seconds is not None]
     products = [row for row in rows if row.op.startswith("fp8 ") and row.op.endswith(("fprop", "dgrad"))]
     published = [row.rate / 1e12 / row.published for row in rows if row.published]
+    wgrads = [row for row in rows if row.op.startswith("fp8 ") and row.op.endswith("wgrad")]
+    layers = [row for row in rows if row.op.startswith("moe layer fp8")]
     groups = [
         ("FP8 fprop and dgrad: times torch's block-wise, worst", 1.0, [row.ratio(BLOCK_WISE) for row in products]),
         ("FP8 fprop and dgrad: times torch's row-wise, worst", 0.8, [row.ratio(ROW_WISE) for row in products]),
         ("FP8 fprop: share of DeepGEMM's published rates on an H800, worst", 0.65, published),
-        ("FP8 wgrad: TFLOP/s, worst", 600.0, [row.rate / 1e12 for row in rows if row.op.startswith("fp8 ") and row.op.endswith("wgrad")]),
+        ("FP8 wgrad: TFLOP/s, worst", 600.0, [row.rate / 1e12 for row in wgrads]),
         ("memory-bound: share of a large copy's rate, worst", 0.85, [results.share(row) for row in rows if row.ceiling == "copy"]),
-        ("MoE layer in FP8: times transformers' grouped experts", 1.5, [row.ratio(TRANSFORMERS) for row in rows if row.op.startswith("moe layer fp8")]),
+        ("MoE layer in FP8: times transformers' grouped experts", 1.5, [row.ratio(TRANSFORMERS) for row in layers]),
     ]  # fmt: skip
     for what, least, values in groups:
         known = [value for value in values if value is not None]

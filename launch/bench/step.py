@@ -4,10 +4,13 @@ Everything is read from the run's own records. A run is ended by force once they
 than its training.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from ...train import cost, metrics
 PRECISIONS = ("bf16", "fp8")
 STATE_SHARE = 0.7  # of the device's memory, for weights, gradients and optimizer; the rest is for activations
 SLOW = 3  # first steps, which compile and allocate
+NEVER = 100_000  # more steps than are waited for: a run that reached its end would evaluate, and save
 V3 = (
     "model=deepseek_v3", "model.num_dense_layers=1", "model.vocab_size=32768", "data=stdlib", "data.seq_len=4096", "optim.lr=2.2e-4",
     "optim.warmup_steps=5", "optim.decay=none", "train.micro_batch_sequences=1", "train.global_batch_tokens=16384", "launch.compile=true",
@@ -61,12 +65,13 @@ class Steps:
 
 def fit(memory_bytes: float) -> list[str]:
     """Words of the deepest V3 whose state fits, and of the most experts it then can have. ConfigError where none does."""
+    whole = _config(V3, "fp8")
     for layers in LAYERS:
         for experts in EXPERTS:
-            words = [*V3, f"model.num_layers={layers}", f"model.num_experts={experts}"]
-            if state_bytes(_config(words, "fp8")) <= STATE_SHARE * memory_bytes:
-                return words
-    need = state_bytes(_config(words, "fp8")) / STATE_SHARE
+            cut = dataclasses.replace(whole, model=dataclasses.replace(whole.model, num_layers=layers, num_experts=experts))
+            need = state_bytes(cut) / STATE_SHARE
+            if need <= memory_bytes:
+                return [*V3, f"model.num_layers={layers}", f"model.num_experts={experts}"]
     raise ConfigError("device memory", f"{memory_bytes / 1e9:.0f} GB", f"the smallest cut of DeepSeek-V3 wants {need / 1e9:.0f} GB")
 
 
@@ -75,7 +80,7 @@ def state_bytes(config: Config) -> int:
 
 
 def _config(words: Sequence[str], precision: str) -> Config:
-    return load([*words, f"precision={precision}", "train.steps=1"])
+    return load([*words, f"precision={precision}", f"train.steps={NEVER}"])
 
 
 def run(
@@ -94,15 +99,15 @@ def run(
 def _train(words: Sequence[str], folder: Path, precision: str, steps: int, limit_s: float) -> StepRun:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step-{precision}-{time.time_ns()}"
-    # More steps than are waited for: a run that reaches its end would evaluate, and save.
-    own = [f"precision={precision}", f"name={name}", f"run_dir={folder.resolve() / name}", f"train.steps={steps + 1000}"]
-    command = [sys.executable, "-m", "shoestring.train", *words, *own, f"checkpoint.interval={steps + 1000}"]
+    own = [f"precision={precision}", f"name={name}", f"run_dir={folder.resolve() / name}", f"train.steps={NEVER}"]
+    command = [sys.executable, "-m", "shoestring.train", *words, *own, f"checkpoint.interval={NEVER}"]
     with open(folder / f"{name}.log", "w+") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = _wait(process, folder / name / "metrics.jsonl", steps, time.monotonic() + limit_s)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its ranks too, where it has started any
             process.wait()
         log.seek(0)
         last = next((line.strip() for line in reversed(log.readlines()) if line.strip()), "it said nothing")

@@ -72,7 +72,7 @@ class Timing:
 
 
 def measure(call: Callable[..., Any], inputs: Sequence[tuple], clock: Clock, *, seconds: float = 0.1) -> Timing:
-    """Of `call(*args)` with each of `inputs` in turn, for about `seconds` of device time. The first calls, which compile, are not counted."""
+    """Of `call(*args)` with each of `inputs` in turn, for about `seconds` of device time. First calls, which compile, do not count."""
     for args in (*inputs, inputs[0]):
         call(*args)
     began, first = clock.host(), clock.mark()

@@ -192,9 +192,9 @@ def test_operators():
 
 
 def of(kernel):
-    """Forms that the interpreter can tell apart: it knows no warps."""
-    listed = [c for c in CONFIGS if c.kernel is kernel and not c.meta["GROUPED"] and c.num_warps == 4]
-    return pytest.mark.parametrize("config", listed, ids=lambda config: config.name)
+    """Forms that the interpreter can tell apart: it knows no warps, and nothing of specialisation."""
+    listed = {(c.meta["BM"], c.meta["BN"]): c for c in CONFIGS if c.kernel is kernel and not c.meta["GROUPED"]}
+    return pytest.mark.parametrize("config", listed.values(), ids=lambda config: config.name)
 
 
 class TestKernels:
