@@ -1,4 +1,5 @@
-"""Which row each copy gets, and that nothing between routing and combine makes the host wait for the device."""
+"""Which row each copy gets, and that nothing between routing and combine makes the host wait for the device: what an operator does inside
+(`tests/parallel/test_no_host_wait.py` has what is around them)."""
 
 from unittest.mock import patch
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shoestring.kernels import permute, row_maps
+from shoestring.kernels import fp8_linear, permute, quantise, row_maps, swiglu
+from shoestring.kernels.quantise import Quantised
 from shoestring.kernels.row_maps import rows_bound
 from torch._subclasses import FakeTensorMode
 from triton.runtime.jit import JITFunction
@@ -96,6 +98,26 @@ def test_nothing_between_routing_and_combine_waits_for_the_device(no_host, funct
     rows_RD = gather(x_TD, copy_of_R.div(8, rounding_mode="floor"))
     assert rows_RD.shape == (rows_bound(512, 16, 128), 256)
     assert add(rows_RD, row_of_N.view_as(expert_TK)).shape == x_TD.shape
+
+
+def test_nor_do_experts_in_fp8(no_host):
+    """What the host does to launch the kernels of a product over FP8 rows that were dispatched and of SwiGLU: forward, and gradients."""
+    matmul, outer = (
+        next(c for c in fp8_linear.CONFIGS if c.kernel is kernel and c.meta["GROUPED"])
+        for kernel in (fp8_linear.fp8_matmul_kernel, fp8_linear.add_fp8_outer_kernel)
+    )
+    slot_N, x_TD = torch.empty(512, dtype=torch.int64), torch.empty(64, 256, dtype=torch.bfloat16)
+    _, ends_e, _, copy_of_R = row_maps.row_maps_triton(slot_N, 16, 128)
+    codes, scales = quantise.quantise_rows_triton(x_TD, True, 1e-4)
+    rows = Quantised(permute.permute_triton(codes, copy_of_R), permute.permute_scales_triton(scales, copy_of_R))
+    weight = Quantised(torch.empty(16, 512, 256, dtype=torch.float8_e4m3fn), torch.empty(16, 4, 2))
+    out = fp8_linear.matmul_triton(rows, weight, torch.bfloat16, ends_e, config=matmul)
+    assert out.shape == (rows_bound(512, 16, 128), 512)
+    weight_R = permute.permute(torch.empty(512), copy_of_R)
+    hidden, _ = swiglu.swiglu_quantised_triton(out, None, weight_R)
+    swiglu.swiglu_backward_triton(*quantise.quantise_rows_triton(out, False, 1e-4), torch.empty(hidden.shape, dtype=out.dtype), weight_R)
+    columns = [Quantised(*quantise.quantise_columns_triton(*c, 1e-30)) for c in ((out, None), (rows.codes, rows.scales))]
+    fp8_linear.add_outer_triton(torch.empty(16, 512, 256), *columns, ends_e, config=outer)
 
 
 @pytest.mark.parametrize("read", [lambda t: t.tolist(), lambda t: int(t.sum()), torch.bincount, lambda t: (t < 0).nonzero()])
