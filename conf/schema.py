@@ -162,6 +162,8 @@ class PrecisionConfig(Section):
     name: str = MISSING
     compute: str = MISSING
     linear: str = "compute"
+    sentinel_interval: int = 0  # steps between comparisons of FP8 linears with BF16 ones; 0: none
+    sentinel_max_error: float = 0.15  # relative; a block of which a cast or a product is further off leaves FP8
 
     @property
     def products(self) -> str:

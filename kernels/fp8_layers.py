@@ -11,7 +11,7 @@ R rows   I input dim   O output dim   F hidden dim of SwiGLU
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,17 +19,22 @@ from torch import Tensor
 
 from .fp8_grouped import add_fp8_grouped_outer, fp8_grouped_matmul
 from .fp8_linear import add_fp8_outer, fp8_matmul
-from .fp8_rows import Fp8Rows
+from .fp8_probe import Probe
+from .fp8_rows import Fp8Rows, widened
 from .fp8_weights import WeightCache
 from .grouped import RowGroups
 from .quantise import BLOCK, GRADIENT_FLOOR, Quantised, columns_of, quantise_columns, quantise_rows
-from .rms_norm import rms_norm_backward, rms_norm_quantised
-from .swiglu import swiglu_backward, swiglu_quantised
+from .rms_norm import rms_norm_backward, rms_norm_quantised, rms_norm_reference
+from .swiglu import swiglu_backward, swiglu_quantised, swiglu_reference
 from .weight_grad import WeightGradStore
 
 
 class Input(Protocol):
     """How a linear's rows come from some tensors."""
+
+    def plain(self, *tensors: Tensor | None) -> Tensor:
+        """The rows (R, I), not quantised."""
+        ...
 
     def cast(self, *tensors: Tensor | None) -> tuple[Quantised, tuple[Tensor | None, ...]]:
         """The rows (R, I) in FP8, and what is kept for backward."""
@@ -50,6 +55,9 @@ class Rows:
 
     power_of_two: bool = False
     again: Callable[[], Tensor] | None = None
+
+    def plain(self, rows_RI):
+        return widened(rows_RI)
 
     def cast(self, rows_RI):
         rows = self._quantised(rows_RI)
@@ -75,6 +83,9 @@ class Norm:
     again: bool
     compiled: bool
 
+    def plain(self, x_RI, weight_I):
+        return rms_norm_reference(x_RI, weight_I, self.eps)
+
     def cast(self, x_RI, weight_I):
         rows, scale_R1 = rms_norm_quantised(x_RI, weight_I, self.eps)
         return rows, (x_RI, weight_I, scale_R1, *(() if self.again else (rows.codes, rows.scales)))
@@ -89,6 +100,9 @@ class Norm:
 class SwiGLU:
     """silu(gate) * up, times the routing weight where there is one. Kept is [gate | up] in FP8."""
 
+    def plain(self, gate_up_R2F, weight_R):
+        return swiglu_reference(gate_up_R2F, weight_R)
+
     def cast(self, gate_up_R2F, weight_R):
         kept = quantise_rows(gate_up_R2F)
         return swiglu_quantised(gate_up_R2F, weight_R), (kept.codes, kept.scales, weight_R)
@@ -102,11 +116,14 @@ class SwiGLU:
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, groups, source, casts, store, *tensors):
+    def forward(ctx, weight, groups, source, fp8, probe, *tensors):
         rows, kept = source.cast(*tensors)
         ctx.save_for_backward(*kept)
-        ctx.weight, ctx.cast, ctx.groups, ctx.source, ctx.store = weight, casts.of(weight), groups, source, store
-        return _product(rows, ctx.cast.blocks, groups, tensors[0].dtype)
+        ctx.weight, ctx.cast, ctx.groups, ctx.source, ctx.store, ctx.probe = weight, fp8.casts.of(weight), groups, source, fp8.store, probe
+        out_RO = _product(rows, ctx.cast.blocks, groups, tensors[0].dtype)
+        if probe is not None:
+            probe.forward(source.plain(*tensors), rows, ctx.cast.blocks, out_RO)
+        return out_RO
 
     @staticmethod
     def backward(ctx, grad_RO):
@@ -121,6 +138,10 @@ class _Fp8Linear(torch.autograd.Function):
         if not any(ctx.needs_input_grad[5:]):
             return (None,) * len(ctx.needs_input_grad)
         grad_RI = _product(grad, ctx.cast.transposed, groups, grad_RO.dtype)
+        if ctx.probe is not None:
+            alone = torch.zeros_like(weight.main_grad)
+            _add_outer(alone, columns, columns_of(rows), groups)
+            ctx.probe.backward(widened(grad_RO), grad, grad_RI, alone)
         return *[None] * 5, *ctx.source.grads(grad_RI, *kept)
 
 
@@ -143,6 +164,8 @@ class Fp8Linears:
 
     casts: WeightCache
     store: WeightGradStore
+    probes: dict[Tensor, Probe | None] = field(default_factory=dict)  # of each weight to be looked at: None until its next linear
+    left_out: set[Tensor] = field(default_factory=set)  # weights whose linears the caller is to make in BF16
 
     def linear(
         self,
@@ -170,4 +193,7 @@ class Fp8Linears:
     def _apply(self, source: Input, weight: Tensor, groups: RowGroups | None, *tensors: Tensor | None) -> Tensor:
         if groups is not None and groups.align % BLOCK:
             raise ValueError(f"experts' rows in multiples of {groups.align}: FP8 wants multiples of {BLOCK}; dispatch with align={BLOCK}")
-        return _Fp8Linear.apply(weight, groups, source, self.casts, self.store, *tensors)
+        probe = None
+        if torch.is_grad_enabled() and weight in self.probes and self.probes[weight] is None:
+            probe = self.probes[weight] = Probe(weight, groups)
+        return _Fp8Linear.apply(weight, groups, source, self, probe, *tensors)

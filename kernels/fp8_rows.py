@@ -21,8 +21,7 @@ class Fp8Rows(Tensor):
 
     @staticmethod
     def __new__(cls, quantised: Quantised, dtype: torch.dtype):
-        codes = quantised.codes
-        rows = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+        rows = quantised.codes.new_empty(1, dtype=dtype).expand(quantised.codes.shape).as_subclass(cls)  # one element stands for all
         rows.quantised = quantised
         return rows
 
@@ -43,3 +42,23 @@ class Fp8Rows(Tensor):
 def fp8_rows(x_RD: Tensor, *, power_of_two: bool = False, floor: float) -> Fp8Rows:
     """(R, D) cast, and said to be in the dtype that it had."""
     return Fp8Rows(quantise_rows(x_RD.contiguous(), power_of_two=power_of_two, floor=floor), x_RD.dtype)
+
+
+def widened(rows: Tensor) -> Tensor:
+    """What `rows` stand for, if they are `Fp8Rows`; else themselves."""
+    return rows.wide() if isinstance(rows, Fp8Rows) else rows
+
+
+class _Wide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        return rows.wide() if isinstance(rows, Fp8Rows) else rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return widened(grad)
+
+
+def wide_both_ways(rows: Tensor) -> Tensor:
+    """`widened`, differentiable, and so is the gradient: for what can read neither in FP8."""
+    return _Wide.apply(rows)

@@ -68,7 +68,7 @@ def grouped_mm_reference(rows_RI: Tensor, weight_eIO: Tensor, groups: RowGroups)
     return torch.cat([*products, rows_RI.new_full((len(rows_RI) - sum(groups.sizes), weight_eIO.shape[2]), torch.nan)])
 
 
-def _grouped_mm(rows_RI: Tensor, weight_eIO: Tensor, groups: RowGroups) -> Tensor:
+def grouped_mm(rows_RI: Tensor, weight_eIO: Tensor, groups: RowGroups) -> Tensor:
     if len(rows_RI) == 0:
         return rows_RI.new_empty(0, weight_eIO.shape[2])
     if rows_RI.dtype == torch.float64:
@@ -90,7 +90,7 @@ def add_grouped_outer(main_eOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, groups
     main_eOI.add_(product_eOI.masked_fill_(empty_e[:, None, None], 0))
 
 
-def _add_weight_grad(main_eOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, groups: RowGroups) -> None:
+def add_grouped_weight_grad(main_eOI: Tensor, grad_RO: Tensor, rows_RI: Tensor, groups: RowGroups) -> None:
     if rows_RI.is_cpu or rows_RI.dtype != torch.bfloat16:  # only BF16 has kernels for it
         add_grouped_outer_reference(main_eOI, grad_RO, rows_RI, groups)
     elif len(rows_RI):
@@ -103,14 +103,14 @@ class _GroupedLinear(torch.autograd.Function):
         if again is None:
             ctx.save_for_backward(rows_RI)
         ctx.weight, ctx.groups, ctx.store, ctx.again = weight_eOI, groups, store, again
-        return _grouped_mm(rows_RI, weight_eOI.transpose(1, 2), groups)
+        return grouped_mm(rows_RI, weight_eOI.transpose(1, 2), groups)
 
     @staticmethod
     def backward(ctx, grad_RO):
         (rows_RI,), weight, groups = (ctx.again(),) if ctx.again else ctx.saved_tensors, ctx.weight, ctx.groups
         grad_RO = grad_RO.contiguous()
-        ctx.store.append(lambda: _add_weight_grad(weight.main_grad, grad_RO, rows_RI, groups))
-        return _grouped_mm(grad_RO, weight, groups), None, None, None, None
+        ctx.store.append(lambda: add_grouped_weight_grad(weight.main_grad, grad_RO, rows_RI, groups))
+        return grouped_mm(grad_RO, weight, groups), None, None, None, None
 
 
 def grouped_linear(

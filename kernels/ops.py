@@ -3,6 +3,7 @@ to what is recomputed in backward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .attention import Heads, causal_attention
 from .cross_entropy import linear_cross_entropy
 from .embedding import embedding
 from .fp8_layers import Fp8Linears
+from .fp8_rows import wide_both_ways
 from .grouped import RowGroups, grouped_linear
 from .linear import linear
 from .recompute import discard
@@ -41,11 +43,6 @@ class Ops:
         if name in self.recompute and torch.is_grad_enabled():
             discard(tensor)
 
-    def discard_if_fp8(self, rows: Tensor) -> None:
-        """Of rows that only a linear reads, which has kept what it needs in FP8."""
-        if self.fp8 is not None and torch.is_grad_enabled():
-            discard(rows)
-
     def embedding(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
         return embedding(tokens_T, weight_VD, self.store)
 
@@ -65,15 +62,20 @@ class Ops:
         again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """With `groups`, a matrix for each of them. `power_of_two`: of the scales of rows in FP8."""
-        if self.fp8 is not None:
+        if self._in_fp8(weight):
             return self.fp8.linear(rows_RI, weight, groups, power_of_two=power_of_two, again=again)
-        if groups is not None:
-            return grouped_linear(rows_RI, weight, groups, self.store, again=again)
-        return linear(rows_RI, weight, self.store, again=again)
+        if self.fp8 is not None:  # left out of it: its rows, and their gradients, may have been dispatched in FP8
+            rows_RI = wide_both_ways(rows_RI)
+        product = linear if groups is None else partial(grouped_linear, groups=groups)
+        out_RO = product(rows_RI, weight, store=self.store, again=again)
+        return out_RO if self.fp8 is None else wide_both_ways(out_RO)
+
+    def _in_fp8(self, weight: Tensor) -> bool:
+        return self.fp8 is not None and weight not in self.fp8.left_out
 
     def norm_linear(self, x_RI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor) -> Tensor:
         """A norm and the one projection that reads it. Under recompute "norm", what is between them is not kept."""
-        if self.fp8 is not None:
+        if self._in_fp8(weight_OI):
             return self.fp8.norm_linear(x_RI, norm_I, eps, weight_OI, again="norm" in self.recompute, compiled=self.compiled)
         norm = lambda x_RI: self.rms_norm(x_RI, norm_I, eps)
         unit_RI, kept = norm(x_RI), x_RI.detach()
@@ -83,7 +85,7 @@ class Ops:
         self, gate_up_R2F: Tensor, weight: Tensor, groups: RowGroups | None = None, *, weight_R: Tensor | None = None
     ) -> Tensor:
         """SwiGLU, times `weight_R`, and the one projection that reads it. Under recompute "swiglu", and in FP8, its output is not kept."""
-        if self.fp8 is not None:
+        if self._in_fp8(weight):
             return self.fp8.swiglu_linear(gate_up_R2F, weight_R, weight, groups)
         kept = gate_up_R2F.detach(), None if weight_R is None else weight_R.detach()
         hidden_RF = self.swiglu(gate_up_R2F, weight_R)

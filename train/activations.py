@@ -46,14 +46,14 @@ def kept_bytes(
         attention += norms + (heads + latents) * width + mixed
         attention += (3 + bool(m.q_lora_rank) + m.num_heads) * wide  # of the norms their scales, of the softmax its sums
         if block.router:
-            attention += (3 * m.num_experts + m.top_k) * wide + m.top_k * 8  # scores and their shares; chosen experts and their weights
+            attention += (2 * m.num_experts + 2) * wide + m.top_k * 8  # logits and scores, a sum of each; chosen experts
     residual = m.dim * width
     unit = 0 if "norm" in recompute and "experts" not in recompute else m.dim * width
     rows = shared = 0
     activation = lambda hidden: linear(2 * hidden) + (0 if fp8 or "swiglu" in recompute else linear(hidden))
     per_row = lambda hidden: 0 if "experts" in recompute else activation(hidden)
     if block.router:
-        routed = m.dim * width if "experts" in recompute else linear(m.dim)
+        routed = linear(m.dim)  # in FP8 as they were dispatched; else the phase's input is what the linear keeps
         rows = m.top_k * (routed + wide + per_row(m.expert_hidden_dim)) + 5 * m.top_k * 8  # and the maps between tokens and rows
         shared = per_row(m.shared_hidden_dim)
     else:

@@ -31,6 +31,7 @@ from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
 from . import cost
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
+from .sentinel import Sentinel
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
 
@@ -85,6 +86,7 @@ class Engine:
         self.ops = Ops(store=store, fp8=fp8, compiled=config.launch.compile, recompute=frozenset(config.train.recompute))
         self.placement = Placement(config, self.device)
         self.stages = self._build_stages()
+        self.sentinel = Sentinel(config=config, fp8=fp8, stages=self.stages, device=self.device) if fp8 else None
         self.biases = self._share_biases()
         self.optimizer = make_optimizer(config.optim, self._specs())
         for stage in self.stages.values():
@@ -98,8 +100,9 @@ class Engine:
         name = c.parallel.dispatcher
         if name == "auto":
             name = "alltoall" if c.parallel.ep > 1 else "local"
-        align = row_alignment(self.dtype, fp8=self.ops.fp8 is not None)
-        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep)
+        fp8 = self.ops.fp8 is not None
+        align = row_alignment(self.dtype, fp8=fp8)
+        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep, fp8=fp8)
         balance = Balance(sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens)
         layers = stage_layers(c)
         stages: dict[int, Stage] = {}

@@ -61,6 +61,8 @@ class StepRecord:
     bias_norm: float | None = None  # of all layers' selection biases together
     bias_update_speed: float | None = None
     router_entropy: float | None = None  # mean over tokens and layers of the normalised scores' entropy, nats
+    fp8_sentinel: dict[str, float] | None = None  # what FP8 costs, the worst block's: `kernels/fp8_probe.py` has the measures
+    fp8_left_out: list[int] | None = None  # blocks that the sentinel has taken out of FP8, if any
     memory_gb: float | None = None  # peak of the fullest rank, 1e9 bytes
     time_unix: float  # when the step ended
     session: int = 0  # how often the run had been restarted

@@ -27,6 +27,7 @@ from .engine import StepResult, Watch
 from .metrics import StepRecord, Summary
 from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
+from .sentinel import Look
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 
 # May be another in each session and phase: nothing that is in a checkpoint depends on them.
@@ -169,6 +170,8 @@ class _Session:
         self._check_same_run(start, extra)
         self.part.engine.optimizer.load_state(extra["progress"]["step"])
         self.part.engine.placement.load_state(extra)
+        if self.part.engine.sentinel:
+            self.part.engine.sentinel.load_state(extra)
         torch.set_rng_state(rng)
         self.progress = Progress(**extra["progress"])
 
@@ -213,6 +216,7 @@ class _Session:
             "layout": metrics.layout_name(c.parallel),
             "precision": c.precision.compute,
             **self.part.engine.placement.state(),
+            **(self.part.engine.sentinel.state() if self.part.engine.sentinel else {}),
         }
         self.checkpointer.save(self.progress.step, chunks, extra)
 
@@ -291,16 +295,23 @@ class _Session:
         began, p, phase = time.monotonic(), self.progress, self.phase
         batch_tokens = phase.batch_tokens(p.step)
         lr = self.part.learning_rate(p.step)
+        sentinel = self.part.engine.sentinel
+        if sentinel:
+            sentinel.wake(p.step)
         result = self.part.train(p.step, p.sample, stop=self.stop())
+        look = sentinel.report(p.step) if sentinel else None
+        for block in look.left_out if look else ():
+            self.log(look.sentence(block, phase.config.precision.sentinel_max_error))
         p.step += 1
         p.tokens += result.tokens
         p.samples += batch_tokens // phase.config.data.seq_len
         p.sample += batch_tokens // phase.config.data.seq_len
         seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
         held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
-        return self._record(result, lr, seconds, held_out), bool(result.flags[0] > 0)
+        return self._record(result, lr, seconds, held_out, look), bool(result.flags[0] > 0)
 
-    def _record(self, result: StepResult, lr: float, seconds: float, held_out: Evaluation | None) -> StepRecord:
+    def _record(self, result: StepResult, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None) -> StepRecord:
+        sentinel = self.part.engine.sentinel
         c, p, loads = self.phase.config, self.progress, result.loads.tolist()
         devices, held = cost.num_devices(c), time.monotonic() - self.began
         speed = result.tokens / seconds
@@ -339,6 +350,8 @@ class _Session:
             bias_norm=result.bias_norm,
             bias_update_speed=c.optim.bias_update_speed,
             router_entropy=result.router_entropy,
+            fp8_sentinel=look.over_blocks() if look else None,
+            fp8_left_out=sorted(sentinel.left_out) or None if sentinel else None,
             memory_gb=result.flags[1:].max().item() / 1e9,
             time_unix=time.time(),
             session=self.past.session,

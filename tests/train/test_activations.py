@@ -20,7 +20,7 @@ BASE = [
 ]  # fmt: skip
 LEVERS = ["[]", "[norm]", "[mla_up]", "[swiglu]", "[norm,mla_up,swiglu]", "[attention]", "[experts]", "[norm,attention,experts]",
           "[norm,mla_up,swiglu,attention,experts]"]  # fmt: skip
-ONE_EXPERT = ["model.num_experts=1", "model.top_k=1", "model.num_groups=1", "model.num_limited_groups=1"]  # row counts need no padding
+ONE_EXPERT = ["model.num_experts=1", "model.top_k=1", "model.num_groups=1", "model.num_limited_groups=1"]  # rows need no room for padding
 MODELS = {"": [], "no latent of queries, no shared expert": ["model.q_lora_rank=0", "model.num_shared_experts=0"]}
 
 
@@ -52,7 +52,7 @@ def kept_by_phase(words):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("recompute", LEVERS)
 def test_bytes(recompute, precision, model):
-    words = [f"train.recompute={recompute}", f"precision={precision}", *model, *(ONE_EXPERT if precision == "fp8" else [])]
+    words = [f"train.recompute={recompute}", f"precision={precision}", *model, *(ONE_EXPERT if precision != "fp32" else [])]
     ((_, *kept),) = fork_ranks(1, kept_by_phase, words)
     config, tokens = load([*BASE, *words]), 1024
     how = {"width": cost.ELEMENT_BYTES[config.precision.compute], "fp8": precision == "fp8", "recompute": config.train.recompute}

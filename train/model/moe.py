@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...conf.schema import ModelConfig
-from ...kernels.fp8_rows import Fp8Rows
 from ...kernels.grouped import RowGroups
 from ...kernels.ops import Ops
 from ...kernels.router import Routes, route
@@ -141,9 +140,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local, dim, hidden_dim, dtype=dtype))
 
     def forward(self, rows_RD: Tensor, weight_R: Tensor, groups: RowGroups, ops: Ops) -> Tensor:
-        gate_up = ops.linear(rows_RD, self.gate_up, groups, power_of_two=True)  # they were dispatched
-        if not isinstance(rows_RD, Fp8Rows):
-            ops.discard_if_fp8(rows_RD)
+        gate_up = ops.linear(rows_RD, self.gate_up, groups)
         return ops.swiglu_linear(gate_up, self.down, groups, weight_R=weight_R)
 
 
