@@ -1,5 +1,6 @@
 """Everything that wants a GPU, in one command and within ten minutes: `python tests/benchmarks/gpu.py OUT [--minutes 10] [--only PARTS]`.
 
+    data      the text that is trained on, tokenised
     correct   every kernel on DeepSeek-V3's shapes against FP64, no times
     bench     times, ceilings, peers
     tune      every configuration of the kernels that have several: which wins, per shape
@@ -57,9 +58,14 @@ def parts(out: Path, *, gpu: bool) -> list[Part]:
     files = lambda name: ["--json", str(out / f"{name}.json"), "--page", str(out / f"{name}.html")]
     words = [] if gpu else list(SMALL)
     return [
-        Part(name="correct", command=[*bench, "kernels", "--check", *files("correct")], limit_s=120),
-        Part(name="bench", command=[*bench, "kernels", *files("bench")], limit_s=240),
-        Part(name="step", command=[*bench, "step", *words, "--limit", "70", "--out", str(out / "runs"), *files("step")], limit_s=160),
+        Part(name="data", command=[*SHOESTRING, "data", "build", *(words or step.V3)], limit_s=60),
+        Part(name="correct", command=[*bench, "kernels", "--check", *files("correct")], limit_s=90),
+        Part(name="bench", command=[*bench, "kernels", *files("bench")], limit_s=230),
+        Part(
+            name="step",
+            command=[*bench, "step", *words, "--steps", "16", "--limit", "105", "--out", str(out / "runs"), *files("step")],
+            limit_s=215,
+        ),
         Part(name="tune", command=[*bench, "kernels", "--tune", "--only", TUNED, *files("tune")], limit_s=180),
         Part(name="profile", command=[sys.executable, __file__, str(out), "--profile", *words], limit_s=90),
     ]

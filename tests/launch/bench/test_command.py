@@ -1,12 +1,14 @@
 """The command without a GPU, and with one that is made up: table, JSON, page, and what is refused."""
 
+import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from shoestring.conf.errors import ConfigError
-from shoestring.launch import exit_codes
+from shoestring.launch import cli, exit_codes
 from shoestring.launch.bench import command, page, results, run, table
 from shoestring.launch.bench.case import SMALL, Case, Peer
 from shoestring.launch.bench.results import Results, Row, Timed
@@ -42,6 +44,24 @@ def found() -> Results:
         device="NVIDIA H100", timed=True, command="shoestring bench kernels", date="2030-01-02T03:04:05+00:00", seconds=3.0,
         versions={"torch": "2.13"}, commit=None, ceilings={"fp8": 10**15, "copy": 2 * 10**12}, rows=[product, cast, moved, broken],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "args", "options"),
+    [
+        (["kernels", "--only", "fp8", "--tune", "--json", "a.json"], "kernels", (),
+         {"only": "fp8", "shapes": "", "tune": True, "check": False, "keep": False, "json_path": Path("a.json"), "page_path": None}),
+        (["step", "model=micro", "--steps", "9"], "train_step", (["model=micro"],),
+         {"steps": 9, "limit_s": 300.0, "out": Path("runs/bench"), "json_path": None, "page_path": None}),
+    ],
+)  # fmt: skip
+def test_words(monkeypatch, words, target, args, options):
+    """What the command line asks for, its functions take."""
+    made = []
+    monkeypatch.setattr(cli, "_call", lambda *args, **options: made.append((args, options)))
+    assert cli.main(["bench", *words]) == exit_codes.OK
+    assert made == [((f"shoestring.launch.bench.command:{target}", *args), options)]
+    inspect.signature(getattr(command, target)).bind(*args, **options)
 
 
 class TestWithoutAGpu:
