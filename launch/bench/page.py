@@ -18,6 +18,9 @@ METHOD = [
 ]
 
 
+SYMBOLS = ("circle", "diamond")  # once the colours are used up
+
+
 def page(results: Results) -> str:
     """HTML, of one file."""
     found = list(aims(results))
@@ -48,16 +51,17 @@ def _name(row: Row) -> str:
     return f"{row.op} {row.shape}"
 
 
-def _bars(key: str, title: str, subtitle: str, traces: list[dict], line: float, suffix: str = "") -> Chart:
-    tall = max((len(trace["y"]) for trace in traces), default=0)
+def _by_row(key: str, title: str, subtitle: str, traces: list[dict], order: list[str], line: float, suffix: str = "") -> Chart:
+    shown = {name for trace in traces for name in trace["y"]}
+    names = [name for name in order if name in shown]
     shapes = [
         {"type": "line", "x0": line, "x1": line, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": "@muted", "width": 1, "dash": "dash"}}
     ]
     layout = {
-        "barmode": "group", "showlegend": len(traces) > 1, "shapes": shapes, "xaxis": {"rangemode": "tozero", "ticksuffix": suffix},
-        "yaxis": {"autorange": "reversed", "tickfont": {"size": 11}},
+        "barmode": "overlay", "showlegend": len(traces) > 1, "shapes": shapes, "xaxis": {"rangemode": "tozero", "ticksuffix": suffix},
+        "yaxis": {"autorange": "reversed", "categoryorder": "array", "categoryarray": names, "tickfont": {"size": 11}, "dtick": 1},
     }  # fmt: skip
-    return Chart(key, title, subtitle, traces, layout, wide=True, height=120 + 22 * tall)
+    return Chart(key, title, subtitle, traces, layout, wide=True, height=150 + 22 * len(names))
 
 
 def _shares(results: Results) -> Chart:
@@ -71,7 +75,9 @@ def _shares(results: Results) -> Chart:
                 "marker": {"color": f"@series{i}"},
                 "hovertemplate": "%{y}<br>%{x:.1f} %, %{customdata[0]}, %{customdata[1]}<extra></extra>",
             })  # fmt: skip
-    return _bars("shares", "Share of the ceiling", "of a large product in FP8 or BF16, or of a large copy, in this run", traces, 100, " %")
+    return _by_row(
+        "shares", "Share of the ceiling", "of a large product in FP8 or BF16, or of a large copy, in this run", traces, 100, " %"
+    )
 
 
 def _ratios(results: Results) -> Chart:
@@ -81,10 +87,13 @@ def _ratios(results: Results) -> Chart:
         rows = [row for row in results.rows if row.ratio(name) is not None]
         if rows:
             traces.append({
-                "type": "bar", "orientation": "h", "name": name, "x": [row.ratio(name) for row in rows], "y": [_name(row) for row in rows],
-                "marker": {"color": f"@series{i % 8}"}, "hovertemplate": "%{y}<br>%{x:.2f} times as fast<extra>" + name + "</extra>",
+                "type": "scatter", "mode": "markers", "name": name, "x": [row.ratio(name) for row in rows],
+                "y": [_name(row) for row in rows], "marker": {"color": f"@series{i % 8}", "size": 9, "symbol": SYMBOLS[i // 8 % 2]},
+                "hovertemplate": "%{y}<br>%{x:.2f} times as fast<extra>" + name + "</extra>",
             })  # fmt: skip
-    return _bars("ratios", "Beside others", "how many times as fast as each, in this run; dashed: as fast", traces, 1)
+    return _by_row(
+        "ratios", "Beside others", "how many times as fast as each, in this run; dashed: as fast", traces, list(map(_name, results.rows)), 1
+    )
 
 
 def _rows(results: Results) -> str:

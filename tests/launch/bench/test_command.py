@@ -10,7 +10,7 @@ import torch
 from shoestring.conf.errors import ConfigError
 from shoestring.launch import cli, exit_codes
 from shoestring.launch.bench import command, page, results, run, table
-from shoestring.launch.bench.case import SMALL, Case, Peer
+from shoestring.launch.bench.case import SMALL, Case, Maker, Peer
 from shoestring.launch.bench.results import Results, Row, Timed
 from shoestring.launch.bench.run import Bench, every_case, run_case
 
@@ -156,12 +156,13 @@ class TestTimed:
         [use], bench = case.uses, self.bench(tune=True, architecture=90)
         names = [config.name for config in use.configs(90)]
         speed = dict(zip(names, (3e-3, 1e-3, 2e-3)))
-        wrong = []
+        wrong, args = [], case.make(Maker(bench.device))
+        right, doubled = case.run(*args), case.run(*(2 * x for x in args))
 
         def cast(x):
             now = use.configs(90)[0].name
             bench.clock.device += speed[now]
-            return case.run(x * 2 if now in wrong else x)
+            return doubled if now in wrong else right
 
         timed = Case(**{**vars(case), "run": cast})
         row = run_case(timed, bench)
