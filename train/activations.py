@@ -54,7 +54,7 @@ def kept_bytes(
     per_row = lambda hidden: 0 if "experts" in recompute else activation(hidden)
     if block.router:
         routed = linear(m.dim)  # in FP8 as they were dispatched; else the phase's input is what the linear keeps
-        rows = m.top_k * (routed + wide + per_row(m.expert_hidden_dim)) + 4 * m.top_k * 8  # and the maps between tokens and rows, on one rank two of them
+        rows = m.top_k * (routed + wide + per_row(m.expert_hidden_dim)) + 4 * m.top_k * 8  # and maps of rows; on one rank, two
         shared = per_row(m.shared_hidden_dim)
     else:
         shared = per_row(m.dense_hidden_dim)
