@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...kernels.configs import KernelConfig
 
+CAST_DB = 28.0  # least of a cast to E4M3; of normal numbers it has 31.6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -88,6 +90,10 @@ class Uses:
         fits = lambda c: c.kernel is self.kernel and self.meta.items() <= c.meta.items() and architecture in (None, *c.architectures)
         ways = {(*sorted(map(str, c.meta.items())), c.num_warps, c.num_stages): c for c in reversed(self.module.CONFIGS) if fits(c)}
         return list(reversed(ways.values()))
+
+
+def uses(module: ModuleType, kernel: Callable, **meta: object) -> tuple[Uses, ...]:
+    return (Uses(module=module, kernel=kernel, meta=meta),)
 
 
 @dataclass(frozen=True, kw_only=True)

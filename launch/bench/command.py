@@ -1,6 +1,6 @@
 """`shoestring bench kernels` and `shoestring bench step`: choose the cases, run them, print the table, write JSON and page.
 
-cases (matmul_cases.py, memory_cases.py, layer_cases.py) -> rows (run.py, timing.py) -> table.py, results.py's JSON, page.py
+cases (matmul_, cast_, memory_ and layer_cases.py) -> rows (run.py, timing.py) -> table.py, results.py's JSON, page.py
 """
 
 import dataclasses

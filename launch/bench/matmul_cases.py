@@ -27,7 +27,7 @@ from ...kernels.quantise import (
 )
 from ...kernels.weight_grad import WeightGradStore, add_outer
 from . import peers
-from .case import Case, Maker, Peer, Sizes, Uses
+from .case import Case, Maker, Peer, Sizes, uses
 
 BF16 = torch.bfloat16
 LEAST_DB = 45.0  # of products against exact ones of the same codes: BF16 results have 56 dB
@@ -51,10 +51,6 @@ def _wide_rows(q: Quantised) -> Tensor:
     return dequantise_rows(q, torch.float64)
 
 
-def _matmul_uses(kernel, grouped: bool) -> tuple[Uses, ...]:
-    return (Uses(module=fp8_linear, kernel=kernel, meta={"GROUPED": grouped}),)
-
-
 def _dense(op: str, m: int, out: int, depth: int, linear: tuple[int, int], published: float | None = None) -> Case:
     """dgrad is the same product with the transposed weight: `out` and `depth` change places."""
 
@@ -74,7 +70,7 @@ def _dense(op: str, m: int, out: int, depth: int, linear: tuple[int, int], publi
         bytes=rows_bytes(m, depth) + blocks_bytes(out, depth) + 2 * m * out,
         ceiling="fp8",
         published=published,
-        uses=_matmul_uses(fp8_linear.fp8_matmul_kernel, False),
+        uses=uses(fp8_linear, fp8_linear.fp8_matmul_kernel, GROUPED=False),
         peers=(
             Peer(
                 name=peers.BLOCK_WISE,
@@ -113,7 +109,7 @@ def _dense_wgrad(m: int, n: int, k: int) -> Case:
         flops=2 * m * n * k,
         bytes=rows_bytes(n, m) + rows_bytes(k, m) + 8 * n * k,
         ceiling="fp8",
-        uses=_matmul_uses(fp8_linear.add_fp8_outer_kernel, False),
+        uses=uses(fp8_linear, fp8_linear.add_fp8_outer_kernel, GROUPED=False),
         peers=(
             Peer(
                 name=peers.BLOCK_WISE,
@@ -158,7 +154,7 @@ def _grouped(op: str, sizes: Sizes, out: int, depth: int, linear: tuple[int, int
         bytes=rows_bytes(rows, depth) + experts * blocks_bytes(out, depth) + 2 * rows * out,
         ceiling="fp8",
         published=sizes.published_grouped.get(linear) if op.endswith("fprop") else None,
-        uses=_matmul_uses(fp8_linear.fp8_matmul_kernel, True),
+        uses=uses(fp8_linear, fp8_linear.fp8_matmul_kernel, GROUPED=True),
         peers=(
             Peer(
                 name=peers.ROW_WISE,
@@ -202,7 +198,7 @@ def _grouped_wgrad(sizes: Sizes, n: int, k: int) -> Case:
         flops=2 * rows * n * k,
         bytes=rows_bytes(n, rows) + rows_bytes(k, rows) + 8 * experts * n * k,
         ceiling="fp8",
-        uses=_matmul_uses(fp8_linear.add_fp8_outer_kernel, True),
+        uses=uses(fp8_linear, fp8_linear.add_fp8_outer_kernel, GROUPED=True),
         peers=(
             Peer(
                 name=f"{peers.BF16_GROUPED}, no sum",

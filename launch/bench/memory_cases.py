@@ -1,7 +1,4 @@
-"""What is between the matrix products and only moves memory: casts, activations, norms, permutations, and the router.
-
-The plain-torch peers of casts are the ops' references, eager and compiled.
-"""
+"""What is between the matrix products and only moves memory: activations, norms, permutations, and the router."""
 
 from collections.abc import Callable
 
@@ -9,132 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import e5m6, permute, quantise, rms_norm, router, row_maps, swiglu
-from ...kernels.quantise import BLOCK, Quantised, blocks_bytes, dequantise_blocks, dequantise_rows, rows_bytes
+from ...kernels import permute, quantise, rms_norm, router, row_maps, swiglu
+from ...kernels.quantise import BLOCK, Quantised, dequantise_rows
 from . import peers
-from .case import Case, Maker, Peer, Sizes, Uses
+from .case import CAST_DB, Case, Maker, Peer, Sizes, uses
 
-CAST_DB, E5M6_DB, EXACT = 28.0, 40.0, torch.inf  # E4M3 of normal numbers has 31.6 dB, E5M6 some 44
+EXACT = torch.inf
 EPS = 1e-6
 _wide = lambda q: [dequantise_rows(q, torch.float32)]
 
 
 def cases(sizes: Sizes) -> list[Case]:
-    return [*_casts(sizes), *_e5m6(sizes), *_swiglu(sizes), *_moved(sizes), _row_maps(sizes), *_norms(sizes), _route(sizes)]
-
-
-def _uses(module, kernel, **meta) -> tuple[Uses, ...]:
-    return (Uses(module=module, kernel=kernel, meta=meta),)
-
-
-# ---------------------------------------------------------------- casts
-
-
-def _casts(sizes: Sizes) -> list[Case]:
-    T, K, (n, k) = sizes.tokens, sizes.dim, sizes.linears[-1]
-    by_rows = lambda power_of_two: Case(
-        op="cast by rows" + ", powers of two" * power_of_two,
-        shape=f"{T}x{K}",
-        make=lambda maker: (maker.normal(T, K),),
-        run=lambda x: quantise.quantise_rows(x, power_of_two=power_of_two),
-        exact=lambda x: [x.double()],
-        read=_wide,
-        least_db=CAST_DB,
-        bytes=2 * T * K + rows_bytes(T, K),
-        uses=_uses(quantise, quantise.quantise_rows_kernel, POWER_OF_TWO=power_of_two),
-        peers=_same_cast(lambda x: quantise.quantise_rows_reference(x, power_of_two=power_of_two), _wide),
-    )
-    return [
-        by_rows(False),
-        by_rows(True),
-        Case(
-            op="cast by columns",
-            shape=f"{T}x{K}",
-            make=lambda maker: (maker.normal(T, K),),
-            run=quantise.quantise_columns,
-            exact=lambda x: [x.double().t()],
-            read=_wide,
-            least_db=CAST_DB,
-            bytes=2 * T * K + rows_bytes(K, T),
-            uses=_uses(quantise, quantise.quantise_columns_kernel, FROM_FP8=False),
-            peers=_same_cast(quantise.quantise_columns_reference, _wide),
-        ),
-        Case(
-            op="columns of rows",
-            shape=f"{T}x{K}",
-            make=lambda maker: (quantise.quantise_rows(maker.normal(T, K)),),
-            run=quantise.columns_of,
-            exact=lambda q: [dequantise_rows(q, torch.float64).t()],
-            read=_wide,
-            least_db=CAST_DB,
-            bytes=rows_bytes(T, K) + rows_bytes(K, T),
-            uses=_uses(quantise, quantise.quantise_columns_kernel, FROM_FP8=True),
-            peers=_same_cast(
-                lambda codes, scales: quantise.columns_of_reference(Quantised(codes, scales)), _wide, lambda q: (q.codes, q.scales)
-            ),
-        ),
-        Case(
-            op="cast by blocks",
-            shape=f"{n}x{k}",
-            make=lambda maker: (maker.normal(n, k),),
-            run=quantise.quantise_blocks,
-            exact=lambda w: [w.double()],
-            read=lambda q: [dequantise_blocks(q, torch.float32)],
-            least_db=CAST_DB,
-            bytes=2 * n * k + blocks_bytes(n, k),
-            uses=_uses(quantise, quantise.quantise_blocks_kernel),
-            peers=_same_cast(quantise.quantise_blocks_reference, lambda q: [dequantise_blocks(q, torch.float32)]),
-        ),
-    ]
-
-
-def _same_cast(
-    reference: Callable[..., Quantised], read: Callable, prepare: Callable[..., tuple] = lambda *args: args
-) -> tuple[Peer, Peer]:
-    """Tensors in and out: torch.compile need not know of `Quantised`."""
-
-    def plain(*args):
-        q = reference(*args)
-        return q.codes, q.scales
-
-    return peers.plain_and_compiled(plain, lambda out: read(Quantised(*out)), prepare)
-
-
-def _e5m6(sizes: Sizes) -> list[Case]:
-    T, K = sizes.tokens, sizes.heads * BLOCK  # attention's output
-    moved = 2 * T * K + e5m6.e5m6_bytes(T, K)
-    decoded = lambda data, scales: e5m6.unpack_e5m6_reference(data, scales, K, torch.float32)
-    pack = lambda x: e5m6.pack_e5m6_reference(x, quantise.ACTIVATION_FLOOR)
-    return [
-        Case(
-            op="pack e5m6",
-            shape=f"{T}x{K}",
-            make=lambda maker: (maker.normal(T, K),),
-            run=e5m6.pack_e5m6,
-            exact=lambda x: [x.double()],
-            read=lambda packed: [decoded(packed.data, packed.scales)],
-            least_db=E5M6_DB,
-            bytes=moved,
-            uses=_uses(e5m6, e5m6.pack_e5m6_kernel),
-            peers=peers.plain_and_compiled(pack, lambda out: [decoded(*out)]),
-        ),
-        Case(
-            op="unpack e5m6",
-            shape=f"{T}x{K}",
-            make=lambda maker: (e5m6.pack_e5m6(maker.normal(T, K)),),
-            run=e5m6.unpack_e5m6,
-            exact=lambda packed: [decoded(packed.data, packed.scales)],
-            read=lambda x: [x],
-            least_db=50.0,
-            bytes=moved,
-            uses=_uses(e5m6, e5m6.unpack_e5m6_kernel),
-            peers=peers.plain_and_compiled(
-                lambda data, scales: e5m6.unpack_e5m6_reference(data, scales, K, torch.bfloat16),
-                lambda x: [x],
-                lambda packed: (packed.data, packed.scales),
-            ),
-        ),
-    ]
+    return [*_swiglu(sizes), *_moved(sizes), _row_maps(sizes), *_norms(sizes), _route(sizes)]
 
 
 # ---------------------------------------------------------------- SwiGLU
@@ -167,7 +50,7 @@ def _swiglu(sizes: Sizes) -> list[Case]:
         return swiglu.swiglu_backward_reference(Quantised(codes, scales), grad, weight_R)
 
     unpacked = lambda q, *rest: (q.codes, q.scales, *rest)
-    forward = lambda from_fp8_too: _uses(swiglu, swiglu._swiglu_quantised_kernel, FROM_FP8=from_fp8_too, WEIGHTED=True)
+    forward = lambda from_fp8_too: uses(swiglu, swiglu._swiglu_quantised_kernel, FROM_FP8=from_fp8_too, WEIGHTED=True)
     return [
         Case(
             op="swiglu and cast",
@@ -202,7 +85,7 @@ def _swiglu(sizes: Sizes) -> list[Case]:
             read=list,
             least_db=45.0,
             bytes=swiglu.swiglu_backward_bytes(R, hidden, weighted=True),
-            uses=_uses(swiglu, swiglu._swiglu_backward_kernel, WEIGHTED=True),
+            uses=uses(swiglu, swiglu._swiglu_backward_kernel, WEIGHTED=True),
             peers=peers.plain_and_compiled(eager_backward, list, unpacked),
         ),
     ]
@@ -242,7 +125,7 @@ def _moved(sizes: Sizes) -> list[Case]:
             read=lambda rows: [rows],
             least_db=EXACT,
             bytes=permute.permute_bytes(rows, D, 2),
-            uses=_uses(permute, permute._permute_kernel, COLS=1024),
+            uses=uses(permute, permute._permute_kernel, COLS=1024),
             peers=peers.plain_and_compiled(eager, lambda rows: [rows]),
         ),
         Case(
@@ -254,7 +137,7 @@ def _moved(sizes: Sizes) -> list[Case]:
             read=_wide,
             least_db=EXACT,
             bytes=permute.permute_bytes(rows, D, 1),
-            uses=_uses(permute, permute._permute_kernel, COLS=2048) + _uses(permute, permute._permute_scales_kernel),
+            uses=uses(permute, permute._permute_kernel, COLS=2048) + uses(permute, permute._permute_scales_kernel),
         ),
         Case(
             op="sum of copies",
@@ -265,7 +148,7 @@ def _moved(sizes: Sizes) -> list[Case]:
             read=lambda out: [out],
             least_db=45.0,
             bytes=permute.sum_copies_bytes(T, K, D, 2),
-            uses=_uses(permute, permute._sum_copies_kernel, WEIGHTED=False),
+            uses=uses(permute, permute._sum_copies_kernel, WEIGHTED=False),
             peers=peers.plain_and_compiled(permute.sum_copies_reference, lambda out: [out]),
         ),
     ]
@@ -297,7 +180,7 @@ def _row_maps(sizes: Sizes) -> Case:
         read=lambda maps: [maps.counts_e, maps.ends_e, maps.row_of_TK, maps.copy_of_R],
         least_db=EXACT,
         bytes=row_maps.row_maps_bytes(N, experts, BLOCK),
-        uses=_uses(row_maps, row_maps._count_kernel) + _uses(row_maps, row_maps._place_kernel),
+        uses=uses(row_maps, row_maps._count_kernel) + uses(row_maps, row_maps._place_kernel),
         peers=peers.plain_and_compiled(
             lambda slot_N: row_maps.row_maps_reference(slot_N, experts, BLOCK),
             lambda out: [out[0], out[1], out[2].view(sizes.tokens, -1), out[3]],
@@ -341,8 +224,8 @@ def _route(sizes: Sizes) -> Case:
         read=list,
         least_db=60.0,
         bytes=router.route_bytes(T, E, K) + router.route_backward_bytes(T, E, K),
-        uses=_uses(router, router._route_kernel, E=256) + _uses(router, router._route_backward_kernel, E=256),
-        peers=(Peer(name="plain torch", run=both(plain), read=list), Peer(name="torch.compile", run=both(torch.compile(plain)), read=list)),
+        uses=uses(router, router._route_kernel, E=256) + uses(router, router._route_backward_kernel, E=256),
+        peers=tuple(Peer(name=p.name, run=both(p.run), read=list) for p in peers.plain_and_compiled(plain, list)),
     )
 
 
@@ -372,7 +255,7 @@ def _norm_and_cast(T: int, D: int) -> Case:
         read=_wide,
         least_db=CAST_DB,
         bytes=rms_norm.rms_norm_quantised_bytes(T, D),
-        uses=_uses(rms_norm, rms_norm._rms_norm_quantised_kernel, POWER_OF_TWO=False, BLOCKS=4 if D <= 512 else 64),
+        uses=uses(rms_norm, rms_norm._rms_norm_quantised_kernel, POWER_OF_TWO=False, BLOCKS=4 if D <= 512 else 64),
         peers=peers.plain_and_compiled(eager, lambda out: _wide(Quantised(*out))),
     )
 

@@ -51,9 +51,9 @@ def _name(row: Row) -> str:
     return f"{row.op} {row.shape}"
 
 
-def _by_row(key: str, title: str, subtitle: str, traces: list[dict], order: list[str], line: float, suffix: str = "") -> Chart:
+def _by_row(results: Results, key: str, title: str, subtitle: str, traces: list[dict], line: float, suffix: str = "") -> Chart:
     shown = {name for trace in traces for name in trace["y"]}
-    names = [name for name in order if name in shown]
+    names = [name for name in map(_name, results.rows) if name in shown]
     shapes = [
         {"type": "line", "x0": line, "x1": line, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": "@muted", "width": 1, "dash": "dash"}}
     ]
@@ -76,7 +76,7 @@ def _shares(results: Results) -> Chart:
                 "hovertemplate": "%{y}<br>%{x:.1f} %, %{customdata[0]}, %{customdata[1]}<extra></extra>",
             })  # fmt: skip
     return _by_row(
-        "shares", "Share of the ceiling", "of a large product in FP8 or BF16, or of a large copy, in this run", traces, 100, " %"
+        results, "shares", "Share of the ceiling", "of a large product in FP8 or BF16, or of a large copy, in this run", traces, 100, " %"
     )
 
 
@@ -91,9 +91,7 @@ def _ratios(results: Results) -> Chart:
                 "y": [_name(row) for row in rows], "marker": {"color": f"@series{i % 8}", "size": 9, "symbol": SYMBOLS[i // 8 % 2]},
                 "hovertemplate": "%{y}<br>%{x:.2f} times as fast<extra>" + name + "</extra>",
             })  # fmt: skip
-    return _by_row(
-        "ratios", "Beside others", "how many times as fast as each, in this run; dashed: as fast", traces, list(map(_name, results.rows)), 1
-    )
+    return _by_row(results, "ratios", "Beside others", "how many times as fast as each, in this run; dashed: as fast", traces, 1)
 
 
 def _rows(results: Results) -> str:

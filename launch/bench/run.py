@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.configs import ALL, KernelConfig
-from . import layer_cases, matmul_cases, memory_cases, peers
+from . import cast_cases, layer_cases, matmul_cases, memory_cases, peers
 from .case import Case, Maker, Peer, Sizes, sqnr
 from .results import Row, Timed
 from .timing import Clock, measure
@@ -38,7 +38,7 @@ class Bench:
 
 
 def every_case(sizes: Sizes) -> list[Case]:
-    return [*matmul_cases.cases(sizes), *memory_cases.cases(sizes), *layer_cases.cases(sizes)]
+    return [case for module in (matmul_cases, cast_cases, memory_cases, layer_cases) for case in module.cases(sizes)]
 
 
 def architecture_of(capability: tuple[int, int]) -> int:

@@ -48,6 +48,7 @@ def test_inputs_take_turns_and_the_device_is_kept_busy():
     call, seen = op(clock, [1e-3])
     timing = measure(call, [("a",), ("b",), ("c",)], clock, seconds=0.05)
     counted = seen[-timing.calls :]
+    assert set(seen[: -timing.calls - 1]) == {"a", "b", "c"}  # each shape and layout has been compiled before
     assert counted == [("abc"[i % 3]) for i in range(timing.calls)]
     assert len(clock.aheads) == -(-timing.calls // BATCH)
     assert clock.aheads[0] == pytest.approx(1.5 * 0.25e-3 * BATCH)  # what the host takes to queue a batch, and half as much again
