@@ -58,7 +58,7 @@ class Mesh:
         at = lambda s, d, e: (s * p.edp + d) * p.ep + e
         pp_rank, rest = divmod(rank, p.dp)
         edp_rank, ep_rank = divmod(rest, p.ep)
-        placement = SCHEDULES[p.schedule].place(p.pp, p.chunks)
+        placement = list(SCHEDULES[p.schedule].place(p.pp, p.chunks)[0])
         legs = boundary_legs(placement)
 
         def mine(groups: list[list[int]]) -> dist.ProcessGroup:

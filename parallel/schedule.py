@@ -28,13 +28,19 @@ class Op(NamedTuple):
 
 
 Action = tuple[Op, ...]
+Placements = tuple[tuple[int, ...], ...]
+
+
+def direction_of(micro_batch: int, num: int, directions: int) -> int:
+    """Which of a schedule's placements micro-batch `micro_batch` of `num` runs through: equal shares, in order."""
+    return micro_batch * directions // num
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """`actions(pp, chunks, M)`: each rank's list. `rule(pp, chunks, M)`: None, or (field, rule, nearest) that its layout breaks."""
 
-    place: Callable[[int, int], list[int]]  # (pp, chunks) -> pipeline rank of each stage
+    place: Callable[[int, int], Placements]  # (pp, chunks) -> pipeline rank of each stage, for each direction
     actions: Callable[[int, int, int], list[list[Action]]]
     rule: Callable[[int, int, int], tuple[str, str, int] | None]
     bubble: Callable[[int, int, int], float]  # idle share of a step with equal stages, backward = 2 x forward
@@ -72,13 +78,13 @@ def _rounds(pp: int, chunks: int, num: int):
 
 SCHEDULES: dict[str, Schedule] = {
     "1f1b": Schedule(
-        place=lambda pp, chunks: list(range(pp)),
+        place=lambda pp, chunks: (tuple(range(pp)),),
         actions=_one_f_one_b,
         rule=_no_chunks,
         bubble=lambda pp, chunks, num: (pp - 1) / (num + pp - 1),
     ),
     "interleaved_1f1b": Schedule(
-        place=lambda pp, chunks: list(range(pp)) * chunks,
+        place=lambda pp, chunks: (tuple(range(pp)) * chunks,),
         actions=_interleaved,
         rule=_rounds,
         bubble=lambda pp, chunks, num: (pp - 1) / (chunks * num + pp - 1),
@@ -112,24 +118,24 @@ def _schedule_for(config: Config, nums: list[int]) -> str | None:
     return most_like(p.schedule, fitting) if fitting else None
 
 
-def validate(lists: Sequence[Sequence[Action]], placement: Sequence[int], num: int) -> None:
+def validate(lists: Sequence[Sequence[Action]], placements: Placements, num: int) -> None:
     """Raises ValueError unless each stage runs every micro-batch forward and backward once, on its rank, in an order that can finish."""
-    ops = {}
+    ops, num_stages = {}, len(placements[0])
     for rank, actions in enumerate(lists):
         for op in (op for action in actions for op in action):
             if op in ops:
                 raise ValueError(f"{op} stands twice in the lists")
-            if not (0 <= op.stage < len(placement) and placement[op.stage] == rank):
+            if not (0 <= op.stage < num_stages and 0 <= op.micro_batch < num):
+                raise ValueError(f"rank {rank} is to run {op}: there are stages 0 to {num_stages - 1} and micro-batches 0 to {num - 1}")
+            if placements[direction_of(op.micro_batch, num, len(placements))][op.stage] != rank:
                 raise ValueError(f"rank {rank} is to run {op}, whose stage it does not hold")
             ops[op] = rank
-    for stage in range(len(placement)):
+    for stage in range(num_stages):
         for i in range(num):
             kinds = "".join(k for k in "FBIW" if Op(k, stage, i) in ops)
             if kinds not in ("FB", "FIW"):
                 raise ValueError(f"stage {stage}, micro-batch {i} has {kinds or 'no'} actions: want F and B, or F, I and W")
-    if len(ops) != sum(2 + (Op("W", s, i) in ops) for s in range(len(placement)) for i in range(num)):
-        raise ValueError(f"the lists hold micro-batches other than 0 to {num - 1}")
-    _play(lists, len(placement))
+    _play(lists, num_stages)
 
 
 def _play(lists: Sequence[Sequence[Action]], num_stages: int) -> None:

@@ -145,7 +145,7 @@ class Engine:
         @functools.cache
         def actions(num_micro_batches: int) -> list[Action]:
             lists = SCHEDULES[c.parallel.schedule].actions(c.parallel.pp, c.parallel.chunks, num_micro_batches)
-            validate(lists, mesh.placement, num_micro_batches)
+            validate(lists, (tuple(mesh.placement),), num_micro_batches)
             return lists[mesh.pp_rank]
 
         depth = c.model.mtp_depth

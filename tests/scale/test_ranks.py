@@ -106,7 +106,7 @@ def test_every_rank_is_in_the_groups_that_its_coordinates_say(world, published, 
         p.world_size - 1,
     }
     some = {int(rank) for rank in corners} | {*random.Random(0).sample(range(p.world_size), 40)}
-    ends = {SCHEDULES[p.schedule].place(p.pp, p.chunks)[end] for end in (0, -1)}
+    ends = {SCHEDULES[p.schedule].place(p.pp, p.chunks)[0][end] for end in (0, -1)}
     shared = defaultdict(set)
     for rank, mesh in (published if layout is PUBLISHED else meshes(world, p, some)).items():
         s, d, e = place[rank]
@@ -254,10 +254,10 @@ def test_action_lists_of_every_batch_of_the_run(config):
 
 def check_lists(schedule, pp, chunks, num):
     s = SCHEDULES[schedule]
-    placement, lists = s.place(pp, chunks), s.actions(pp, chunks, num)
-    validate(lists, placement, num)
+    placements, lists = s.place(pp, chunks), s.actions(pp, chunks, num)
+    validate(lists, placements, num)
     for rank, actions in enumerate(lists):
         ops = [op for action in actions for op in action]
-        assert len(ops) == 2 * chunks * num and {placement[op.stage] for op in ops} == {rank}
+        assert len(ops) == 2 * chunks * num and {placements[0][op.stage] for op in ops} == {rank}
         in_flight = np.cumsum([1 if op.kind == "F" else -1 for op in ops])
         assert chunks > 1 or in_flight.max() == min(num, pp - rank), "1F1B holds as many activations as there are stages to come"
