@@ -27,6 +27,7 @@ from ..kernels.permute import permute, permute_quantised, sum_copies
 from ..kernels.quantise import ACTIVATION_FLOOR, BLOCK, GRADIENT_FLOOR, Quantised, quantise_rows
 from ..kernels.row_maps import RowMaps, row_maps
 from .phases import MicroBatch, Pending
+from .transport import Transport
 
 DISPATCHERS = ("local", "alltoall")
 
@@ -89,7 +90,13 @@ class Dispatcher(Protocol):
 
 
 def make_dispatcher(
-    name: str, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup] | None, fp8: bool = False
+    name: str,
+    *,
+    num_experts: int,
+    align: int,
+    groups: dict[str, dist.ProcessGroup] | None,
+    fp8: bool = False,
+    transport: Transport | None = None,
 ) -> Dispatcher:
     """`groups`: the expert-parallel group once per direction ("F", "B"), so that both can be in flight. `align`: rows per expert.
 
@@ -98,7 +105,7 @@ def make_dispatcher(
     if name == "local":
         return LocalDispatcher(num_experts=num_experts, align=align, fp8=fp8)
     assert groups is not None
-    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups, fp8=fp8)
+    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport or Transport())
 
 
 def _quantised(x_TD: Tensor, direction: str) -> Quantised:
@@ -143,15 +150,23 @@ class AllToAllDispatcher:
     FP8 is bytes: codes, scales, zeros up to a multiple of 16 bytes in all, weight.
     """
 
-    def __init__(self, *, num_experts: int, align: int, groups: dict[str, dist.ProcessGroup], fp8: bool = False):
-        self.num_experts, self.align, self.groups, self.fp8 = num_experts, align, groups, fp8
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        align: int,
+        groups: dict[str, dist.ProcessGroup],
+        fp8: bool = False,
+        transport: Transport,
+    ):
+        self.num_experts, self.align, self.groups, self.fp8, self.transport = num_experts, align, groups, fp8, transport
         self.ep = groups["F"].size()
 
     def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
         maps = r.place(slot_of_E, self.num_experts, 1)
         r.sent_E, r.order_N = maps.counts_e, maps.copy_of_R
         r.received_E = torch.empty_like(r.sent_E)
-        r.counts_work = dist.all_to_all_single(r.received_E, r.sent_E, group=self.groups["F"], async_op=True)
+        r.counts_work = self.transport.all_to_all(r.received_E, r.sent_E, self.groups["F"])
 
     def wait_counts(self, r: Routing) -> None:
         """Only now does the host know the sizes."""
@@ -198,7 +213,7 @@ class AllToAllDispatcher:
 
     def _exchange(self, rows: Tensor, out_rows: list[int], in_rows: list[int], direction: str) -> Pending:
         out = rows.new_empty(sum(out_rows), rows.shape[1])
-        work = dist.all_to_all_single(out, rows, out_rows, in_rows, group=self.groups[direction], async_op=True)
+        work = self.transport.all_to_all(out, rows, self.groups[direction], received=out_rows, sent=in_rows)
         return Pending(work=work, finish=lambda keep=rows: (out,))  # `rows` must live until the exchange is over
 
 
