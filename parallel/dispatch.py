@@ -27,7 +27,7 @@ from ..kernels.permute import permute, permute_quantised, sum_copies
 from ..kernels.quantise import ACTIVATION_FLOOR, BLOCK, GRADIENT_FLOOR, Quantised, quantise_rows
 from ..kernels.row_maps import RowMaps, row_maps
 from .phases import MicroBatch, Pending
-from .transport import Transport
+from .transport import DIRECT, Transport
 
 DISPATCHERS = ("local", "alltoall")
 
@@ -96,7 +96,7 @@ def make_dispatcher(
     align: int,
     groups: dict[str, dist.ProcessGroup] | None,
     fp8: bool = False,
-    transport: Transport | None = None,
+    transport: Transport = DIRECT,
 ) -> Dispatcher:
     """`groups`: the expert-parallel group once per direction ("F", "B"), so that both can be in flight. `align`: rows per expert.
 
@@ -105,7 +105,7 @@ def make_dispatcher(
     if name == "local":
         return LocalDispatcher(num_experts=num_experts, align=align, fp8=fp8)
     assert groups is not None
-    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport or Transport())
+    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport)
 
 
 def _quantised(x_TD: Tensor, direction: str) -> Quantised:
@@ -157,7 +157,7 @@ class AllToAllDispatcher:
         align: int,
         groups: dict[str, dist.ProcessGroup],
         fp8: bool = False,
-        transport: Transport,
+        transport: Transport = DIRECT,
     ):
         self.num_experts, self.align, self.groups, self.fp8, self.transport = num_experts, align, groups, fp8, transport
         self.ep = groups["F"].size()

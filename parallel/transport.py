@@ -32,3 +32,6 @@ class Transport:
 
     def irecv(self, tensor: Tensor, rank: int, group: dist.ProcessGroup) -> Work:
         return dist.irecv(tensor, rank, group=group)
+
+
+DIRECT = Transport()  # has no state
