@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.weight_grad import WeightGradStore
 from .groups import Mesh
 from .phases import ComputePhase, MicroBatch, Pending
-from .schedule import Action, Op
+from .schedule import Action, Op, direction_of
+from .transport import Transport
 
 
 class Executor:
@@ -32,16 +32,19 @@ class Executor:
         store: WeightGradStore,
         boundary: Callable[[int], Tensor],
         loss_weights: Tensor,
+        transport: Transport | None = None,
     ):
         self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
-        self.boundary, self.loss_weights = boundary, loss_weights
-        self.num_stages = len(mesh.placement)
+        self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport or Transport()
 
     @torch.no_grad()
-    def step(self, batches: Sequence[MicroBatch]) -> Tensor:
+    def step(self, batches: Sequence[MicroBatch], done: Callable[[int], None] = lambda stage: None) -> Tensor:
         """Every micro-batch forward and backward, into the weights' `main_grad`. Returns this rank's sums of the last phase's outputs
-        (the scaled losses, unweighted; FP64, zero where this rank does not hold the last stage)."""
-        return self._run(self.actions(len(batches)), batches, training=True)
+        (the scaled losses, unweighted; FP64, zero where this rank does not hold the last stage).
+
+        `done(stage)`: called when a stage's gradients are complete, in the same order on all ranks with the same list.
+        """
+        return self._run(self.actions(len(batches)), batches, training=True, done=done)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -49,11 +52,16 @@ class Executor:
         forward = [kept for action in self.actions(len(batches)) if (kept := tuple(op for op in action if op.kind == "F"))]
         return self._run(forward, batches, training=False)
 
-    def _run(self, actions: Sequence[Action], batches: Sequence[MicroBatch], training: bool) -> Tensor:
+    def _run(
+        self, actions: Sequence[Action], batches: Sequence[MicroBatch], training: bool, done: Callable[[int], None] = lambda stage: None
+    ) -> Tensor:
         run = _Step(self, batches, training)
-        for action, upcoming in zip([(), *actions], [*actions, ()]):
+        last_of = {op.stage: i for i, action in enumerate([(), *actions]) for op in action}
+        for i, (action, upcoming) in enumerate(zip([(), *actions], [*actions, ()])):
             run.post_receives(upcoming)  # one action ahead, so that it arrives under this one
             interleave([run.start(op) for op in reversed(action)])  # backward first
+            for stage in sorted({op.stage for op in action if last_of[op.stage] == i}):
+                done(stage)
         return run.finish()
 
 
@@ -69,6 +77,7 @@ class _Step:
 
     def __init__(self, executor: Executor, batches: Sequence[MicroBatch], training: bool):
         self.executor, self.mesh, self.batches, self.training = executor, executor.mesh, batches, training
+        self.direction = lambda op: direction_of(op.micro_batch, len(batches), len(executor.mesh.placements))
         self.losses = torch.zeros_like(executor.loss_weights, dtype=torch.float64)
         self.inbox: dict[Op, Pending] = {}  # F: a stage's input; B: the gradient of its output
         self.saved: dict[tuple[int, int], list] = {}
@@ -100,7 +109,7 @@ class _Step:
                 yield
                 values = arriving.wait()
         (out,) = values
-        if op.stage < self.executor.num_stages - 1:
+        if op.stage < self.mesh.num_stages - 1:
             self._hand_over("F", op, op.stage + 1, out)
         else:
             self.losses += out
@@ -135,21 +144,23 @@ class _Step:
     # ------------------------------------------------------------ between stages
 
     def _hand_over(self, kind: str, op: Op, stage: int, tensor: Tensor) -> None:
-        if self.mesh.placement[stage] == self.mesh.pp_rank:
+        direction = self.direction(op)
+        if self.mesh.holder(stage, direction) == self.mesh.pp_rank:
             self.inbox[Op(kind, stage, op.micro_batch)] = Pending(work=None, finish=lambda: (tensor,))
         else:
-            rank, group = self.mesh.flow(kind, op.stage, stage)
+            rank, group = self.mesh.flow(kind, op.stage, stage, direction)
             tensor = tensor.contiguous()
-            self.sent.append((dist.isend(tensor, rank, group=group), tensor))
+            self.sent.append((self.executor.transport.isend(tensor, rank, group), tensor))
 
     def post_receives(self, action: Action) -> None:
         for op in action:
             kind, source = ("F", op.stage - 1) if op.kind == "F" else ("B", op.stage + 1)
-            if op.kind == "W" or not 0 <= source < self.executor.num_stages or self.mesh.placement[source] == self.mesh.pp_rank:
+            direction = self.direction(op)
+            if op.kind == "W" or not 0 <= source < self.mesh.num_stages or self.mesh.holder(source, direction) == self.mesh.pp_rank:
                 continue
-            rank, group = self.mesh.flow(kind, op.stage, source)
+            rank, group = self.mesh.flow(kind, op.stage, source, direction)
             buffer = self.executor.boundary(self.batches[op.micro_batch].num_tokens)
-            work = dist.irecv(buffer, rank, group=group)
+            work = self.executor.transport.irecv(buffer, rank, group)
             self.inbox[Op(kind, op.stage, op.micro_batch)] = Pending(work=work, finish=lambda buffer=buffer: (buffer,))
 
 

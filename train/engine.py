@@ -27,7 +27,7 @@ from ..parallel.optimizer.zero import Chunk, Spec
 from ..parallel.phases import MicroBatch
 from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
-from ..parallel.schedule import SCHEDULES, Action, split_layers, validate
+from ..parallel.schedule import SCHEDULES, Action, direction_of, split_layers, validate
 from . import cost
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
@@ -107,7 +107,7 @@ class Engine:
         layers = stage_layers(c)
         stages: dict[int, Stage] = {}
         for index in mesh.my_stages:
-            is_last = index == len(mesh.placement) - 1
+            is_last = index == mesh.num_stages - 1
             with torch.device("meta"):
                 stages[index] = Stage(
                     c.model,
@@ -132,7 +132,7 @@ class Engine:
             group, numel, offset = mesh.dense, param.numel(), 0
             if is_expert(name):
                 group, numel, offset = mesh.expert, param.numel() * mesh.parallel.ep, param.numel() * mesh.ep_rank
-            elif name == "embed" and mesh.embed is not None and mesh.pp_rank in (mesh.placement[0], mesh.placement[-1]):
+            elif name == "embed" and mesh.embed is not None:
                 group = mesh.embed
             matrices = muon_matrices(self.config.model, name, param.shape) if self.config.optim.algorithm == "muon" else ()
             decay = param.dim() > 1
@@ -145,7 +145,7 @@ class Engine:
         @functools.cache
         def actions(num_micro_batches: int) -> list[Action]:
             lists = SCHEDULES[c.parallel.schedule].actions(c.parallel.pp, c.parallel.chunks, num_micro_batches)
-            validate(lists, (tuple(mesh.placement),), num_micro_batches)
+            validate(lists, mesh.placements, num_micro_batches)
             return lists[mesh.pp_rank]
 
         depth = c.model.mtp_depth
@@ -163,9 +163,11 @@ class Engine:
         """Of a micro-batch: what backward divides the summed loss by."""
         return self.config.train.micro_batch_sequences * self.config.data.seq_len
 
-    @property
-    def holds_head(self) -> bool:
-        return self.mesh.placement[-1] == self.mesh.pp_rank
+    def _heads(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Those that end, and have their loss, on this rank."""
+        ways, last = len(self.mesh.placements), self.mesh.num_stages - 1
+        ends_here = lambda i: self.mesh.holder(last, direction_of(i, len(batches), ways)) == self.mesh.pp_rank
+        return [batch for i, batch in enumerate(batches) if ends_here(i)]
 
     # ------------------------------------------------------------ one step
 
@@ -176,8 +178,8 @@ class Engine:
         weight changes, if the gradient norm is not finite.
         """
         self._forget_casts()
-        losses = self.executor.step(batches)
-        self.optimizer.reduce()
+        losses = self.executor.step(batches, done=self._reduce)
+        self.optimizer.reduce()  # what remains
         totals = self._reduce_counts(losses, batches, flags)
         # Gradients are of sums over nominal_tokens; this makes them the mean over the tokens that the step really had.
         norm = self.optimizer.norm(self.nominal_tokens / totals.tokens)
@@ -206,11 +208,18 @@ class Engine:
         self.watch.stepped(self, result)
         return result
 
+    def _reduce(self, stage: int) -> None:
+        """Of a stage that adds no more to its gradients, the sums over replicas, under what the others still have to do. Not where the
+        last stage adds to the first one's embedding: that is done when both are."""
+        if not (stage == 0 and self.config.model.embeds_at_head and self.mesh.num_stages - 1 in self.stages):
+            self.optimizer.reduce(stage)
+
     def evaluate(self, batches: Sequence[MicroBatch], count: int = 0) -> tuple[float, int, int]:
         """(summed loss of the next token, tokens, `count`s) over data-parallel ranks; targets that are IGNORED do not count. Collective."""
         self._forget_casts()
         losses = self.executor.evaluate(batches) * self.nominal_tokens
-        counts = [sum(b.num_targets for b in batches), count] if self.holds_head else [0, 0]
+        counted_here = self.mesh.holder(self.mesh.num_stages - 1, 0) == self.mesh.pp_rank
+        counts = [sum(b.num_targets for b in self._heads(batches)), count * counted_here]
         totals = torch.cat([losses[:1].cpu(), torch.tensor(counts, dtype=torch.float64)]).to(self.device)
         dist.all_reduce(totals)
         return totals[0].item(), int(totals[1].item()), int(totals[2].item())
@@ -225,7 +234,7 @@ class Engine:
         m = self.config.model
         flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags
         losses = losses.cpu() * self.nominal_tokens
-        tokens = torch.tensor([sum(b.num_targets for b in batches) if self.holds_head else 0], dtype=torch.float64)
+        tokens = torch.tensor([sum(b.num_targets for b in self._heads(batches))], dtype=torch.float64)
         router_sums = torch.zeros(len(ROUTER_SUMS), dtype=torch.float64)
         loads = torch.zeros(m.num_moe_layers, m.num_experts, dtype=torch.float64)
         for stage in self.stages.values():

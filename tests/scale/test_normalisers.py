@@ -86,7 +86,7 @@ def test_counts_of_the_global_batch_are_whole_numbers(recipe, monkeypatch):
     load_E[7] += 1
     sums = {name: torch.tensor(0.5, dtype=torch.float64) for name in ROUTER_SUMS}
     stages = {0: SimpleNamespace(stats={3: SimpleNamespace(take=lambda: (load_E, sums))})}
-    rank = SimpleNamespace(config=recipe, nominal_tokens=SEQ_LEN, holds_head=True, device="cpu", stages=stages)
+    rank = SimpleNamespace(config=recipe, nominal_tokens=SEQ_LEN, device="cpu", _heads=lambda batches: batches, stages=stages)
 
     def all_reduce(packed):
         assert packed.dtype == torch.float64
@@ -109,7 +109,7 @@ def test_losses_of_15360_micro_batches_are_summed_in_fp64():
     actions = [(Op("F", 0, i),) for i in range(SEQUENCES)]
     executor = Executor(
         stages={0: [ComputePhase("loss", lambda batch, v: (torch.stack([v.sum(), 2 * v.sum()]),))]},
-        mesh=SimpleNamespace(placement=[0], pp_rank=0), actions=lambda num: actions, store=[],
+        mesh=SimpleNamespace(placements=((0,),), num_stages=1, pp_rank=0), actions=lambda num: actions, store=[],
         boundary=None, loss_weights=torch.ones(2, dtype=torch.float64),
     )  # fmt: skip
     exact, narrow = math.fsum(values.tolist()), np.float32(0)

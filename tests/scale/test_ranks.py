@@ -143,7 +143,7 @@ def test_flows_link_the_ranks_of_neighbouring_stages(world, layout):
     links = defaultdict(set)
     for s in range(p.num_stages - 1):
         for kind in "FB":
-            (to, out), (back, into) = column[held[s]].flow(kind, s, s + 1), column[held[s + 1]].flow(kind, s + 1, s)
+            (to, out), (back, into) = column[held[s]].flow(kind, s, s + 1, 0), column[held[s + 1]].flow(kind, s + 1, s, 0)
             assert (to, back) == (held[s + 1], held[s]) and out is into and {to, back} <= out.members
             pair = frozenset((to, back))
             assert pair not in links[out.number], f"stage {s}: two links of one pair in one communicator"
@@ -172,7 +172,7 @@ def stages_of(config, mesh):
     balance = Balance(sequence_coef=0.0, z_coef=0.0, token_weight=1.0)
     layers, made = stage_layers(config), {}
     for s in mesh.my_stages:
-        is_last = s == len(mesh.placement) - 1
+        is_last = s == mesh.num_stages - 1
         with torch.device("meta"):
             made[s] = Stage(
                 config.model, layers=layers[s], is_first=s == 0, is_last=is_last, ep=config.parallel.ep, balance=balance,
