@@ -12,13 +12,17 @@ phases and exchanges a duration of their own, so that more ranks than cores can 
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .phases import Pending
+from .schedule.ops import Action, Op
+from .trace import Tracer
 from .transport import Transport, Work
 
 
@@ -37,7 +41,7 @@ class Port:
     free_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def occupy(self, num_bytes: int) -> float:
+    def occupy(self, num_bytes: float) -> float:
         """When the last of the bytes has left, if they queue up now."""
         with self.lock:
             self.free_at = max(self.free_at, time.monotonic()) + num_bytes / self.link.bandwidth
@@ -133,3 +137,48 @@ def _shares(rows: Tensor, split: Sequence[int] | None, num: int) -> list[int]:
 def _wait_all(works: Sequence[Work]) -> None:
     for work in works:
         work.wait()
+
+
+class Pace(Tracer):
+    """Compute phases, weight gradients and exchanges that take `seconds[phase, "F" | "B" | "W"]`, around the real ones, which are assumed
+    to be shorter; what is not named takes its own time. Exchanges of a rank queue on one port, from when the last rank has come.
+
+    It stands between the executor and the `tracer` that records, which sees the durations given.
+    """
+
+    def __init__(self, tracer: Tracer, seconds: Mapping[tuple[str, str], float]):
+        self.tracer, self.seconds = tracer, seconds
+        self.port = Port(link=Link(bandwidth=1.0))  # a "byte" takes a second
+
+    def action(self, action: Action) -> AbstractContextManager:
+        return self.tracer.action(action)
+
+    @contextmanager
+    def compute(self, op: Op, phase: str) -> Iterator[None]:
+        with self.tracer.compute(op, phase), self._lasting(phase, "F" if op.kind == "F" else "B"):
+            yield
+
+    @contextmanager
+    def weights(self, op: Op, phase: str) -> Iterator[None]:
+        with self.tracer.weights(op, phase), self._lasting(phase, "W"):
+            yield
+
+    @contextmanager
+    def _lasting(self, phase: str, kind: str) -> Iterator[None]:
+        end = time.monotonic() + self.seconds.get((phase, kind), 0.0)
+        yield
+        sleep_until(end)
+
+    def issue(self, op: Op, phase: str, pending: Pending) -> Pending:
+        seconds = self.seconds.get((phase, "F" if op.kind == "F" else "B"), 0.0)
+        if pending.work is not None and seconds:
+
+            def landed(future) -> float:
+                future.value()
+                return self.port.occupy(seconds)
+
+            pending = Pending(work=Arrival(pending.work.get_future().then(landed).wait), finish=pending.finish)
+        return self.tracer.issue(op, phase, pending)
+
+    def link(self, kind: str, op: Op, work: Work) -> Work:
+        return self.tracer.link(kind, op, work)
