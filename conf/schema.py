@@ -134,7 +134,8 @@ class ParallelConfig(Section):
     edp: int = 1
     ep: int = 1
     schedule: str = "1f1b"
-    chunks: int = 1  # pipeline stages per rank (interleaved schedules)
+    chunks: int = 1  # pipeline stages per rank (interleaved schedules; 2 in zbv and dualpipev)
+    stages: str = ""  # blocks of each stage, such as "5|4*6|3": 5, six times 4, 3; empty: shared out by cost
     dispatcher: str = "auto"  # auto: `local` where ep is 1, `alltoall` elsewhere
     placement_interval: int = 0  # steps between moves of experts to ranks of even load; 0: experts stay where they are
 
