@@ -16,12 +16,16 @@ from ..kernels.weight_grad import WeightGradStore
 from .groups import Mesh
 from .phases import ComputePhase, MicroBatch, Pending
 from .schedule import Action, Op, direction_of
+from .trace import Tracer
 from .transport import Transport
+
+Waiting = list[tuple[str, list[Callable[[], None]]]]  # weight gradients by phase
 
 
 class Executor:
     """`stages[s]`: the phases of each stage held here; `actions(M)`: this rank's list for M micro-batches; `boundary(T)`: an empty (T, D)
-    to receive into; `loss_weights`: of each loss in the last phase's output, for backward."""
+    to receive into; `loss_weights`: of each loss in the last phase's output, for backward. `tracer` is told what runs: replace it for a
+    step that is to be recorded."""
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class Executor:
     ):
         self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
         self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport or Transport()
+        self.tracer = Tracer()
 
     @torch.no_grad()
     def step(self, batches: Sequence[MicroBatch], done: Callable[[int], None] = lambda stage: None) -> Tensor:
@@ -59,7 +64,8 @@ class Executor:
         last_of = {op.stage: i for i, action in enumerate([(), *actions]) for op in action}
         for i, (action, upcoming) in enumerate(zip([(), *actions], [*actions, ()])):
             run.post_receives(upcoming)  # one action ahead, so that it arrives under this one
-            interleave([run.start(op) for op in reversed(action)])  # backward first
+            with self.tracer.action(action):
+                interleave([run.start(op) for op in reversed(action)])  # backward first
             for stage in sorted({op.stage for op in action if last_of[op.stage] == i}):
                 done(stage)
         return run.finish()
@@ -77,11 +83,12 @@ class _Step:
 
     def __init__(self, executor: Executor, batches: Sequence[MicroBatch], training: bool):
         self.executor, self.mesh, self.batches, self.training = executor, executor.mesh, batches, training
+        self.tracer = executor.tracer
         self.direction = lambda op: direction_of(op.micro_batch, len(batches), len(executor.mesh.placements))
         self.losses = torch.zeros_like(executor.loss_weights, dtype=torch.float64)
         self.inbox: dict[Op, Pending] = {}  # F: a stage's input; B: the gradient of its output
         self.saved: dict[tuple[int, int], list] = {}
-        self.deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self.deferred: dict[tuple[int, int], Waiting] = {}
         self.sent: list[tuple[Any, Tensor]] = []  # tensors live until their sends are over
 
     def start(self, op: Op) -> Iterator[None]:
@@ -103,9 +110,10 @@ class _Step:
         values = self.inbox.pop(op).wait() if op.stage else (batch.tokens_BS,)
         for phase in self.executor.stages[op.stage]:
             if isinstance(phase, ComputePhase):
-                values = phase.forward(saved, batch, *values)
+                with self.tracer.compute(op, phase.name):
+                    values = phase.forward(saved, batch, *values)
             else:
-                arriving = phase.forward(saved, batch, *values)
+                arriving = self.tracer.issue(op, phase.name, phase.forward(saved, batch, *values))
                 yield
                 values = arriving.wait()
         (out,) = values
@@ -122,24 +130,32 @@ class _Step:
         grads, saved, store, waiting = self.inbox.pop(Op("B", *key)).wait(), self.saved.pop(key), self.executor.store, []
         for phase in reversed(self.executor.stages[op.stage]):
             if isinstance(phase, ComputePhase):
-                grads = phase.backward(saved, *grads)
-                waiting += store.take()
+                with self.tracer.compute(op, phase.name):
+                    grads = phase.backward(saved, *grads)
+                waiting.append((phase.name, store.take()))
             else:
-                arriving = phase.backward(saved, *grads)
+                arriving = self.tracer.issue(op, phase.name, phase.backward(saved, *grads))
                 if op.kind == "B":
-                    run_all(waiting)
+                    self._run(op, waiting)
                 yield
                 grads = arriving.wait()
         if op.stage:
             self._hand_over("B", op, op.stage - 1, grads[0])
         if op.kind == "B":
-            run_all(waiting)
+            self._run(op, waiting)
         else:
             self.deferred[key] = waiting
 
     def _weights(self, op: Op) -> Iterator[None]:
-        run_all(self.deferred.pop((op.stage, op.micro_batch)))
+        self._run(op, self.deferred.pop((op.stage, op.micro_batch)))
         yield
+
+    def _run(self, op: Op, waiting: Waiting) -> None:
+        for phase, closures in waiting:
+            with self.tracer.weights(op, phase):
+                for closure in closures:
+                    closure()
+        waiting.clear()
 
     # ------------------------------------------------------------ between stages
 
@@ -150,7 +166,8 @@ class _Step:
         else:
             rank, group = self.mesh.flow(kind, op.stage, stage, direction)
             tensor = tensor.contiguous()
-            self.sent.append((self.executor.transport.isend(tensor, rank, group), tensor))
+            work = self.tracer.link("send", op, self.executor.transport.isend(tensor, rank, group))
+            self.sent.append((work, tensor))
 
     def post_receives(self, action: Action) -> None:
         for op in action:
@@ -160,11 +177,5 @@ class _Step:
                 continue
             rank, group = self.mesh.flow(kind, op.stage, source, direction)
             buffer = self.executor.boundary(self.batches[op.micro_batch].num_tokens)
-            work = self.executor.transport.irecv(buffer, rank, group)
+            work = self.tracer.link("recv", op, self.executor.transport.irecv(buffer, rank, group))
             self.inbox[Op(kind, op.stage, op.micro_batch)] = Pending(work=work, finish=lambda buffer=buffer: (buffer,))
-
-
-def run_all(closures: list[Callable[[], None]]) -> None:
-    for closure in closures:
-        closure()
-    closures.clear()
