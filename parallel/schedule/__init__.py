@@ -7,9 +7,9 @@ in lists.py and the entry: `validate` proves the lists, and the executor runs th
 from .ops import Action, Held, Op, Placements, direction_of
 from .proof import validate
 from .stages import parse_stages, split_layers
-from .table import SCHEDULES, Schedule, check, proven
+from .table import SCHEDULES, Schedule, check, proven, share_layers
 
 __all__ = [
     "SCHEDULES", "Action", "Held", "Op", "Placements", "Schedule",
-    "check", "direction_of", "parse_stages", "proven", "split_layers", "validate",
+    "check", "direction_of", "parse_stages", "proven", "share_layers", "split_layers", "validate",
 ]  # fmt: skip

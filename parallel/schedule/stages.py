@@ -1,9 +1,12 @@
 """Which blocks each pipeline stage has: as the user wrote it, or shared out by cost."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
 
 from ...conf.errors import ConfigError
+
+CostOf = Callable[[int, int, int], float]  # stage, its first layer, the one after its last
 
 
 def parse_stages(text: str, num_layers: int, num_stages: int) -> list[range]:
@@ -43,20 +46,28 @@ def _text(counts: list[int]) -> str:
     return "|".join(f"{n}*{times}" if times > 1 else str(n) for n, times in runs)
 
 
-def split_layers(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
-    """Contiguous shares of the layers, at least one each, whose dearest stage is cheapest.
+def split_layers(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0, mirrored: bool = False) -> list[range]:
+    """Contiguous shares of the layers, at least one each, whose dearest stage is cheapest; with `mirrored`, where a rank holds stages s and
+    num_stages - 1 - s, those of them whose dearest rank is cheapest. (The other way round, ranks first, stages grow so uneven that the
+    step takes longer.)
 
     `costs`: of each layer, in any unit; `first` and `last`: what the ends cost beside their layers.
     """
     n = len(costs)
-    assert 1 <= num_stages <= n
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
+    assert 1 <= num_stages <= n and min(costs) >= 0 and not (mirrored and num_stages % 2)
+    sums = list(accumulate(costs, initial=0.0))
 
     def cost_of(stage: int, a: int, b: int) -> float:
         return sums[b] - sums[a] + (first if stage == 0 else 0.0) + (last if stage == num_stages - 1 else 0.0)
 
+    cuts = _cuts(n, num_stages, cost_of)
+    if mirrored:
+        dearest = max(cost_of(s, a, b) for s, (a, b) in enumerate(pairwise(cuts)))
+        cuts = _mirrored_cuts(n, num_stages, cost_of, dearest)
+    return [range(a, b) for a, b in pairwise(cuts)]
+
+
+def _cuts(n: int, num_stages: int, cost_of: CostOf) -> list[int]:
     # best[b]: (dearest stage, cut points) of the first b layers over the stages so far; ties keep earlier stages shorter
     best = {b: (cost_of(0, 0, b), [0, b]) for b in range(1, n - num_stages + 2)}
     for stage in range(1, num_stages):
@@ -64,5 +75,25 @@ def split_layers(costs: Sequence[float], num_stages: int, *, first: float = 0.0,
             b: min(((max(worst, cost_of(stage, a, b)), [*cuts, b]) for a, (worst, cuts) in best.items() if a < b), key=lambda t: t[0])
             for b in range(stage + 1, n - (num_stages - 1 - stage) + 1)
         }
-    cuts = best[n][1]
-    return [range(a, b) for a, b in pairwise(cuts)]
+    return best[n][1]
+
+
+def _mirrored_cuts(n: int, num_stages: int, cost_of: CostOf, limit: float) -> list[int]:
+    """Of the splits in which no stage costs more than `limit`, that whose dearest rank is cheapest."""
+    # best[a, b]: (dearest rank, front cuts, back cuts) with layers 0 to a and b to n shared out, from both ends inwards
+    best: dict[tuple[int, int], tuple[float, list[int], list[int]]] = {(0, n): (0.0, [0], [n])}
+    for stage in range(num_stages // 2):
+        inner, grown = num_stages - 2 * (stage + 1), {}  # stages still to come between the two
+        for (a0, b0), (worst, fronts, backs) in best.items():
+            for a in range(a0 + 1, b0 - inner):
+                if (front := cost_of(stage, a0, a)) > limit:
+                    break
+                for b in range(b0 - 1, a + inner - 1, -1):
+                    if (back := cost_of(num_stages - 1 - stage, b, b0)) > limit:
+                        break
+                    dearest = max(worst, front + back)
+                    if (inner or a == b) and dearest < grown.get((a, b), (math.inf,))[0]:
+                        grown[a, b] = dearest, [*fronts, a], [b, *backs]
+        best = grown
+    _, fronts, backs = min(best.values(), key=lambda found: found[0])
+    return fronts + backs[1:]

@@ -1,15 +1,15 @@
 """The schedules there are: for each, where its stages lie, its lists, the layouts it fits, and what it costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...conf.errors import most_like
 from ...conf.phases import levels
-from ...conf.schema import Config, ConfigError, choose
+from ...conf.schema import Config, ConfigError, ParallelConfig, choose
 from . import lists
 from .ops import Action, Held, Placements
 from .proof import validate
-from .stages import parse_stages
+from .stages import parse_stages, split_layers
 
 Broken = tuple[str, str, int]  # field, rule, nearest valid value
 
@@ -35,6 +35,15 @@ def proven(schedule: str, pp: int, chunks: int, num: int) -> list[list[Action]]:
     made = s.actions(pp, chunks, num)
     validate(made, s.place(pp, chunks), num, s.held(pp, chunks, num))
     return made
+
+
+def share_layers(p: ParallelConfig, costs: Sequence[float], *, first: float, last: float) -> list[range]:
+    """The layers of each stage: as `parallel.stages` says, else shared out by cost (`split_layers`)."""
+    if p.stages:
+        return parse_stages(p.stages, len(costs), p.num_stages)
+    placements = SCHEDULES[p.schedule].place(p.pp, p.chunks)
+    holders = list(map(set, zip(*placements, strict=True)))
+    return split_layers(costs, p.num_stages, first=first, last=last, mirrored=p.pp > 1 and holders == holders[::-1])
 
 
 # ---------------------------------------------------------------- rules
