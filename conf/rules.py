@@ -41,8 +41,8 @@ _NOT_NEGATIVE = [
     *_fields("optim", "final_lr warmup_steps constant_steps decay_steps weight_decay"),
     *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef mtp_weight"),
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
-    "parallel.placement_interval", "precision.sentinel_interval", "checkpoint.interval", "cluster.price_per_gpu_hour",
-    "data.tokenizer.vocab_size",
+    "parallel.placement_interval", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
+    "cluster.price_per_gpu_hour", "data.tokenizer.vocab_size",
 ]  # fmt: skip
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
 _CHOICES = {

@@ -304,6 +304,7 @@ class LaunchConfig(Section):
     wandb: str = "disabled"  # disabled | offline | online
     wandb_project: str = "shoestring"
     log_interval: int = 1
+    trace_interval: int = 0  # steps between traced ones, each a file under run_dir/traces; 0: none
 
 
 @dataclass(kw_only=True)

@@ -63,6 +63,11 @@ class StepRecord:
     router_entropy: float | None = None  # mean over tokens and layers of the normalised scores' entropy, nats
     fp8_sentinel: dict[str, float] | None = None  # what FP8 costs, the worst block's: `kernels/fp8_probe.py` has the measures
     fp8_left_out: list[int] | None = None  # blocks that the sentinel has taken out of FP8, if any
+    bubble: float | None = None  # of a traced step's pipeline: share of ranks' time in which they neither compute nor exchange tokens
+    comm_seconds: float | None = None  # a rank's token exchanges are under way, mean over ranks
+    exposed_seconds: float | None = None  # part of those in which the rank computes nothing
+    hidden_share: float | None = None  # the other part, 0 to 1; None also where nothing is exchanged
+    pair_hidden_share: float | None = None  # likewise, inside actions that overlap a forward and a backward
     memory_gb: float | None = None  # peak of the fullest rank, 1e9 bytes
     time_unix: float  # when the step ended
     session: int = 0  # how often the run had been restarted

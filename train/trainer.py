@@ -1,6 +1,6 @@
 """The training loop: phase by phase, step by step, with evaluations, records and checkpoints; begun anew or gone on with.
 
-    runs/NAME/  config.yaml  metrics.jsonl  summary.json  tokenizer.json  checkpoints/
+    runs/NAME/  config.yaml  metrics.jsonl  summary.json  tokenizer.json  checkpoints/  traces/
 
 A new phase is a resume: the last one ends with a checkpoint, and the next one, perhaps of another layout, loads it.
 """
@@ -29,6 +29,7 @@ from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
 from .sentinel import Look
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+from .traces import Traces
 
 # May be another in each session and phase: nothing that is in a checkpoint depends on them.
 FREE_MODEL_FIELDS = ("name", "yarn", "max_seq_len")
@@ -105,6 +106,7 @@ class _Session:
             async_save=config.checkpoint.async_save,
             group=dist.new_group(backend="gloo"),
         )
+        self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device)
         self.progress, self.part = Progress(), None
         start = self._find_start()  # before anything slow: a wrong directory is refused at once
         self._enter(phase_at(config, read_extra(start)["progress"]["step"] if start else 0), start)
@@ -298,6 +300,7 @@ class _Session:
         sentinel = self.part.engine.sentinel
         if sentinel:
             sentinel.wake(p.step)
+        self.traces.begin(p.step + 1, self.part.engine.executor)
         result = self.part.train(p.step, p.sample, stop=self.stop())
         look = sentinel.report(p.step) if sentinel else None
         for block in look.left_out if look else ():
@@ -307,10 +310,13 @@ class _Session:
         p.samples += batch_tokens // phase.config.data.seq_len
         p.sample += batch_tokens // phase.config.data.seq_len
         seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
+        traced = self.traces.finish(p.step, self.part.engine.executor)
         held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
-        return self._record(result, lr, seconds, held_out, look), bool(result.flags[0] > 0)
+        return self._record(result, lr, seconds, held_out, look, traced), bool(result.flags[0] > 0)
 
-    def _record(self, result: StepResult, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None) -> StepRecord:
+    def _record(
+        self, result: StepResult, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None, traced: dict
+    ) -> StepRecord:
         sentinel = self.part.engine.sentinel
         c, p, loads = self.phase.config, self.progress, result.loads.tolist()
         devices, held = cost.num_devices(c), time.monotonic() - self.began
@@ -352,6 +358,7 @@ class _Session:
             router_entropy=result.router_entropy,
             fp8_sentinel=look.over_blocks() if look else None,
             fp8_left_out=sorted(sentinel.left_out) or None if sentinel else None,
+            **traced,
             memory_gb=result.flags[1:].max().item() / 1e9,
             time_unix=time.time(),
             session=self.past.session,
