@@ -1,0 +1,42 @@
+"""Every `launch.trace_interval` steps, what each rank did and when: a file under the run's `traces/`, and figures for the step's record."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..parallel.executor import Executor
+from ..parallel.trace import Recorder, Tracer, write_trace
+from ..parallel.trace_measure import measure
+
+
+class Traces:
+    """Collective to build and to use. `interval`: in steps; 0: nothing is ever traced, and nothing is made for it."""
+
+    def __init__(self, folder: Path, interval: int, device: torch.device):
+        self.folder, self.interval = folder, interval
+        self.recorder = Recorder(dist.get_rank(), device) if interval else None
+        self.group = dist.new_group(backend="gloo") if interval else None  # GPUs' own would carry spans over the link that is measured
+
+    def due(self, step: int) -> bool:
+        return bool(self.interval) and step % self.interval == 0
+
+    def begin(self, step: int, executor: Executor) -> None:
+        """Before step number `step` (1 is the first) of the run: record it if it is due."""
+        if self.due(step):
+            executor.tracer = self.recorder
+            self.recorder.begin(self.group)
+
+    def finish(self, step: int, executor: Executor) -> dict[str, float | None]:
+        """After it: writes the file. The fields of its `StepRecord`, on rank 0; empty elsewhere, and where the step was not due."""
+        if not self.due(step):
+            return {}
+        executor.tracer = Tracer()
+        spans = self.recorder.finish(self.group)
+        if spans is None:
+            return {}
+        fields = dataclasses.asdict(measure(spans))
+        write_trace(self.folder / f"step_{step}.json", spans, step=step, **fields)
+        del fields["seconds"]  # of the pipeline alone: the record has the whole step's
+        return fields
