@@ -37,7 +37,7 @@ class Mesh:
     column: list[int]
     dense: dist.ProcessGroup  # replicas of dense weights: the dp ranks of this pipeline rank, and of one that holds the same stages
     expert: dist.ProcessGroup  # replicas of this rank's experts
-    ep: dict[str, dist.ProcessGroup]  # token exchange, one per direction; none where nobody exchanges
+    ep: dict[str, dist.ProcessGroup]  # token exchange, see `exchange_groups`
     flows: dict[Flow, dist.ProcessGroup]  # pipeline sends
     legs: list[list[int]]  # for each direction, of the boundary between stages s and s + 1
     embed: dist.ProcessGroup | None  # replicas of an embedding on both ends: dp ranks of the first and of the last stage
@@ -63,7 +63,7 @@ class Mesh:
         return self.column[self.holder(other, direction)], self.flows[kind, direction, self.legs[direction][min(stage, other)]]
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, rank: int, *, embeds_at_head: bool = False) -> "Mesh":
+    def create(cls, parallel: ParallelConfig, rank: int, *, embeds_at_head: bool = False, gpus_per_node: int = 1) -> "Mesh":
         """Collective: all ranks of an initialised torch.distributed world of size pp x edp x ep call it."""
         p = parallel
         assert dist.get_world_size() == p.world_size
@@ -97,7 +97,7 @@ class Mesh:
             column=columns[edp_rank * p.ep + ep_rank],
             dense=mine(_distinct(dp_ranks)),
             expert=mine(_distinct(experts)),
-            ep={direction: mine(ep_ranks) for direction in "FB"} if p.ep > 1 or p.dispatcher == "alltoall" else {},
+            ep={name: mine(groups) for name, groups in exchange_groups(p, ep_ranks, gpus_per_node).items()},
             flows={(kind, way, leg): mine(columns) for kind in "FB" for way, own in enumerate(legs) for leg in sorted(set(own))},
             embed=mine([[rank for s in ends for rank in dp_ranks[s]]]) if embeds_at_head and apart else None,
         )
@@ -106,6 +106,17 @@ class Mesh:
 def held_stages(placements: Sequence[Sequence[int]], pp_rank: int) -> list[int]:
     """The stages of a pipeline rank, whichever direction they are for."""
     return sorted({s for placement in placements for s, r in enumerate(placement) if r == pp_rank})
+
+
+def exchange_groups(p: ParallelConfig, ep_ranks: list[list[int]], gpus_per_node: int) -> dict[str, list[list[int]]]:
+    """What tokens are exchanged over: the expert-parallel group once per direction, so that both can be in flight. Or, where they go by
+    nodes, ranks of the same place "across" nodes and ranks "inside" each, and the whole group for counts. Nothing, if nobody exchanges."""
+    if p.dispatcher == "hierarchical":
+        node = min(p.ep, gpus_per_node)
+        across = [ranks[place::node] for ranks in ep_ranks for place in range(node)]
+        inside = [ranks[first : first + node] for ranks in ep_ranks for first in range(0, p.ep, node)]
+        return {"counts": ep_ranks} | {f"{d} across": across for d in "FB"} | {f"{d} inside": inside for d in "FB"}
+    return dict.fromkeys("FB", ep_ranks) if p.ep > 1 or p.dispatcher == "alltoall" else {}
 
 
 def _distinct(groups: list[list[int]]) -> list[list[int]]:

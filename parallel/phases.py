@@ -47,22 +47,40 @@ class MicroBatch:
 
 @dataclass(kw_only=True)
 class Pending:
-    """Something under way: `wait()` blocks until it has arrived and makes the phase's output. `work` is None or has `wait()`."""
+    """Something under way: `wait()` blocks until it has arrived and makes the phase's output. `work` is None or has `wait()`.
+
+    `onward`: what arrived has another way to go, and this sends it: whoever waits does, or, while there is more to do, calls `advance`.
+    """
 
     work: Any
     finish: Callable[[], tuple]
+    onward: "Callable[..., Pending] | None" = None
 
     def land(self) -> None:
         if self.work is not None:
             self.work.wait()
             self.work = None
 
+    def advance(self) -> "Pending":
+        """Block until it has arrived, and send it on."""
+        self.land()
+        return self.onward(*self.finish())
+
     def wait(self) -> tuple:
+        if self.onward is not None:
+            return self.advance().wait()
         self.land()
         return self.finish()
 
     def then(self, function: Callable[..., tuple]) -> "Pending":
+        if self.onward is not None:
+            return Pending(work=self.work, finish=self.finish, onward=lambda *arrived: self.onward(*arrived).then(function))
         return Pending(work=self.work, finish=lambda: function(*self.finish()))
+
+    def then_issue(self, send: "Callable[..., Pending]") -> "Pending":
+        """`send(*arrived)` issues the next leg."""
+        assert self.onward is None, "one leg at a time: the next leg's Pending says what follows it"
+        return Pending(work=self.work, finish=self.finish, onward=send)
 
 
 class CommunicationPhase(Protocol):

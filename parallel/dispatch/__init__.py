@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ...conf.schema import Config, ConfigError, choose
 from ..transport import DIRECT, Transport
 from .alltoall import AllToAllDispatcher
+from .hierarchical import HierarchicalDispatcher
 from .local import LocalDispatcher
 from .phases import Combine, Dispatch
 from .routing import Dispatcher, Routing
@@ -23,21 +24,25 @@ __all__ = [
     "Combine",
     "Dispatch",
     "Dispatcher",
+    "HierarchicalDispatcher",
     "LocalDispatcher",
     "Routing",
     "check",
     "make_dispatcher",
 ]
 
-DISPATCHERS = ("local", "alltoall")
+DISPATCHERS = ("local", "alltoall", "hierarchical")
 
 
 def check(config: Config) -> None:
     """Raises ConfigError for a dispatcher that does not exist or does not fit `parallel.ep`."""
-    choose("parallel.dispatcher", config.parallel.dispatcher, ("auto", *DISPATCHERS))
-    if config.parallel.dispatcher == "local" and config.parallel.ep > 1:
-        rule = f"reaches only this rank's experts, and parallel.ep = {config.parallel.ep}"
-        raise ConfigError("parallel.dispatcher", "local", rule, "alltoall")
+    name, ep, gpus = config.parallel.dispatcher, config.parallel.ep, config.cluster.gpus_per_node
+    choose("parallel.dispatcher", name, ("auto", *DISPATCHERS))
+    if name == "local" and ep > 1:
+        raise ConfigError("parallel.dispatcher", name, f"reaches only this rank's experts, and parallel.ep = {ep}", "alltoall")
+    if name == "hierarchical" and ep % gpus and gpus % ep:
+        rule = f"goes by whole nodes, so of parallel.ep = {ep} and cluster.gpus_per_node = {gpus} one must divide the other"
+        raise ConfigError("parallel.dispatcher", name, rule, "alltoall")
 
 
 def make_dispatcher(
@@ -49,11 +54,12 @@ def make_dispatcher(
     fp8: bool = False,
     transport: Transport = DIRECT,
 ) -> Dispatcher:
-    """`groups`: the expert-parallel group once per direction ("F", "B"), so that both can be in flight. `align`: rows per expert.
+    """`groups`: `Mesh.ep`. `align`: rows per expert.
 
     `fp8`: what goes to experts is quantised before it goes, activations and their gradients; what comes back is not.
     """
     if name == "local":
         return LocalDispatcher(num_experts=num_experts, align=align, fp8=fp8)
     assert groups is not None
-    return AllToAllDispatcher(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport)
+    make = HierarchicalDispatcher if name == "hierarchical" else AllToAllDispatcher
+    return make(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport)
