@@ -2,12 +2,19 @@
 1F1B and every later schedule are the same code with different lists.
 
 A stage's forward and backward are generators that yield after each collective they issue. An action with one op runs its generator
-to the end; an action with two advances them in turn, backward first, so that one's collective flies under the other's compute.
+to the end; an action with two advances them in turn, backward first, so that one's collective flies under the other's compute:
+
+    backward    combine |              | experts, dispatch, weights |                  | attention, combine of the block before ...
+    forward             | attn, dispatch |                          | experts, combine |
+
 A compute phase's weight gradients run right after the *next* collective of its backward was issued (B), or wait for their W action.
+
+On a GPU a phase's compute is only enqueued when its forward or backward returns, and issuing a dispatch makes the host wait for counts that
+the GPU has yet to make. So there a generator also yields between compute and the collective that follows: the other's compute is enqueued
+before the host waits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +24,7 @@ from .groups import Mesh
 from .phases import ComputePhase, MicroBatch, Pending
 from .schedule import Action, Op, direction_of
 from .trace import Tracer
-from .transport import Transport
+from .transport import Transport, Work
 
 Waiting = list[tuple[str, list[Callable[[], None]]]]  # weight gradients by phase
 
@@ -37,10 +44,12 @@ class Executor:
         boundary: Callable[[int], Tensor],
         loss_weights: Tensor,
         transport: Transport | None = None,
+        enqueues: bool = False,
     ):
+        """`enqueues`: compute goes on after the call that starts it has returned, as on a GPU."""
         self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
         self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport or Transport()
-        self.tracer = Tracer()
+        self.tracer, self.enqueues = Tracer(), enqueues
 
     @torch.no_grad()
     def step(self, batches: Sequence[MicroBatch], done: Callable[[int], None] = lambda stage: None) -> Tensor:
@@ -66,6 +75,7 @@ class Executor:
             run.post_receives(upcoming)  # one action ahead, so that it arrives under this one
             with self.tracer.action(action):
                 interleave([run.start(op) for op in reversed(action)])  # backward first
+            run.release()
             for stage in sorted({op.stage for op in action if last_of[op.stage] == i}):
                 done(stage)
         return run.finish()
@@ -89,7 +99,7 @@ class _Step:
         self.inbox: dict[Op, Pending] = {}  # F: a stage's input; B: the gradient of its output
         self.saved: dict[tuple[int, int], list] = {}
         self.deferred: dict[tuple[int, int], Waiting] = {}
-        self.sent: list[tuple[Any, Tensor]] = []  # tensors live until their sends are over
+        self.sent: dict[Op, tuple[Work, Tensor]] = {}  # tensors live until their sends are over
 
     def start(self, op: Op) -> Iterator[None]:
         if op.kind == "F":
@@ -97,7 +107,7 @@ class _Step:
         return self._weights(op) if op.kind == "W" else self._backward(op)
 
     def finish(self) -> Tensor:
-        for work, _ in self.sent:
+        for work, _ in self.sent.values():
             work.wait()
         left = [name for name in ("inbox", "saved", "deferred") if getattr(self, name)]
         left += ["weight gradients"] * bool(len(self.executor.store))
@@ -112,10 +122,10 @@ class _Step:
             if isinstance(phase, ComputePhase):
                 with self.tracer.compute(op, phase.name):
                     values = phase.forward(saved, batch, *values)
+                if self.executor.enqueues:
+                    yield
             else:
-                arriving = self.tracer.issue(op, phase.name, phase.forward(saved, batch, *values))
-                yield
-                values = arriving.wait()
+                values = yield from self._under_way(op, phase.name, phase.forward(saved, batch, *values))
         (out,) = values
         if op.stage < self.mesh.num_stages - 1:
             self._hand_over("F", op, op.stage + 1, out)
@@ -127,24 +137,35 @@ class _Step:
 
     def _backward(self, op: Op) -> Iterator[None]:
         key = (op.stage, op.micro_batch)
+        self._confirm(Op("F", *key))
         grads, saved, store, waiting = self.inbox.pop(Op("B", *key)).wait(), self.saved.pop(key), self.executor.store, []
         for phase in reversed(self.executor.stages[op.stage]):
             if isinstance(phase, ComputePhase):
                 with self.tracer.compute(op, phase.name):
                     grads = phase.backward(saved, *grads)
-                waiting.append((phase.name, store.take()))
+                if closures := store.take():
+                    waiting.append((phase.name, closures))
+                if self.executor.enqueues:
+                    yield
             else:
-                arriving = self.tracer.issue(op, phase.name, phase.backward(saved, *grads))
-                if op.kind == "B":
-                    self._run(op, waiting)
-                yield
-                grads = arriving.wait()
+                after = (lambda: self._run(op, waiting)) if op.kind == "B" else lambda: None
+                grads = yield from self._under_way(op, phase.name, phase.backward(saved, *grads), after)
         if op.stage:
             self._hand_over("B", op, op.stage - 1, grads[0])
         if op.kind == "B":
             self._run(op, waiting)
         else:
             self.deferred[key] = waiting
+
+    def _under_way(self, op: Op, phase: str, arriving: Pending, after: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Yields after each leg of the exchange was issued, `after()` the first; returns what has arrived."""
+        arriving = self.tracer.issue(op, phase, arriving)
+        after()
+        yield
+        while arriving.onward is not None:
+            arriving = self.tracer.issue(op, phase, arriving.advance())
+            yield
+        return arriving.wait()
 
     def _weights(self, op: Op) -> Iterator[None]:
         self._run(op, self.deferred.pop((op.stage, op.micro_batch)))
@@ -167,7 +188,16 @@ class _Step:
             rank, group = self.mesh.flow(kind, op.stage, stage, direction)
             tensor = tensor.contiguous()
             work = self.tracer.link("send", op, self.executor.transport.isend(tensor, rank, group))
-            self.sent.append((work, tensor))
+            self.sent[op] = work, tensor
+
+    def _confirm(self, op: Op) -> None:
+        """The other end has answered what `op` sent: that has been received."""
+        if op in self.sent:
+            self.sent.pop(op)[0].wait()
+
+    def release(self) -> None:
+        """Let go of what is known to have been sent; gloo tells only who waits."""
+        self.sent = {op: sent for op, sent in self.sent.items() if not sent[0].is_completed()}
 
     def post_receives(self, action: Action) -> None:
         for op in action:

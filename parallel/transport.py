@@ -10,6 +10,10 @@ from torch import Tensor
 class Work(Protocol):
     def wait(self) -> object: ...
 
+    def is_completed(self) -> bool:
+        """Not before it is over; perhaps not until it has been waited for."""
+        ...
+
 
 class Transport:
     """torch.distributed, as it is. Every call returns at once; its buffers belong to it until `wait()` has returned."""
