@@ -50,7 +50,7 @@ def share_layers(p: ParallelConfig, costs: Sequence[float], *, first: float, las
 
 
 def _one_chunk(pp: int, chunks: int, num: int) -> Broken | None:
-    return ("parallel.chunks", "this schedule runs one chunk per rank", 1) if chunks != 1 else None
+    return ("parallel.chunks", "this schedule runs one stage per rank and direction", 1) if chunks != 1 else None
 
 
 def _rounds(pp: int, chunks: int, num: int) -> Broken | None:
@@ -63,7 +63,7 @@ def _rounds(pp: int, chunks: int, num: int) -> Broken | None:
 
 
 def _two_chunks(pp: int, chunks: int, num: int) -> Broken | None:
-    return ("parallel.chunks", "this schedule runs two chunks per rank, in a V", 2) if chunks != 2 else None
+    return ("parallel.chunks", "this schedule runs two stages per rank, in a V", 2) if chunks != 2 else None
 
 
 def _dualpipev(pp: int, chunks: int, num: int) -> Broken | None:
