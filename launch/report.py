@@ -18,6 +18,7 @@ from ..train import cost, metrics, units
 from ..train.metrics import StepRecord, Summary
 from . import report_layouts
 from .report_charts import make_charts
+from .report_gantt import make_gantt
 from .report_page import Page, Tile, render
 from .verify import certificate
 from .verify.certificate import Certificate
@@ -49,6 +50,8 @@ def write_report(run_dir: str | Path) -> Path:
     trained = any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json"))
     page = _page(read_run(run_dir)) if trained or proved is None else _certificate_page(proved)
     page.notes.extend(damaged)
+    if trained and (chart := make_gantt(run_dir / "traces", page.notes)):
+        page.charts.append(chart)
     if proved:
         page.sections.append(report_layouts.section(proved))
     path = run_dir / "report.html"

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from .transport import Transport, Work
 class Link:
     latency: float = 0.0  # seconds
     bandwidth: float = float("inf")  # bytes per second, each way
+    packet: int = 0  # bytes: a transfer of no more slips between the packets of larger ones, and waits for none
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,10 @@ class Port:
     def occupy(self, num_bytes: float) -> float:
         """When the last of the bytes has left, if they queue up now."""
         with self.lock:
-            self.free_at = max(self.free_at, time.monotonic()) + num_bytes / self.link.bandwidth
+            seconds, now = num_bytes / self.link.bandwidth, time.monotonic()
+            if num_bytes <= self.link.packet:
+                return now + seconds
+            self.free_at = max(self.free_at, now) + seconds
             return self.free_at
 
 
@@ -59,6 +63,9 @@ class Arrival:
         if self.ended is None:
             self.ended = self.real()
             sleep_until(self.ended)
+
+    def is_completed(self) -> bool:
+        return self.ended is not None
 
 
 def sleep_until(moment: float) -> None:
@@ -177,7 +184,7 @@ class Pace(Tracer):
                 future.value()
                 return self.port.occupy(seconds)
 
-            pending = Pending(work=Arrival(pending.work.get_future().then(landed).wait), finish=pending.finish)
+            pending = replace(pending, work=Arrival(pending.work.get_future().then(landed).wait))
         return self.tracer.issue(op, phase, pending)
 
     def link(self, kind: str, op: Op, work: Work) -> Work:

@@ -1,0 +1,251 @@
+"""How much communication lies under compute, and how long ranks idle: `python tests/benchmarks/overlap.py [options]`.
+
+Three measurements of the real executor on forked ranks (gloo) of this host, each from traces of whole steps:
+
+    paced    4 ranks, pp 2 x ep 2: compute phases and exchanges last a given time around tiny real ones, so that few cores suffice
+    real     2 ranks, ep 2, one core each: real compute, and links on which the exchanges take as long as it does
+    bubbles  4 ranks, every schedule, equal chunks: idle share and makespan, beside what `parallel/timeline.py` simulates
+
+Prints tables; --json keeps every number; --page writes docs/overlap.md with a picture of one step. Nothing is asserted.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from overlap_page import draw_step, page, tables
+from shoestring.conf.compose import load
+from shoestring.conf.schema import Config
+from shoestring.launch.local import fork_ranks
+from shoestring.parallel.fabric import Fabric, Link, Pace
+from shoestring.parallel.phases import MicroBatch
+from shoestring.parallel.schedule import SCHEDULES
+from shoestring.parallel.timeline import by_kind, simulate
+from shoestring.parallel.trace import Recorder, Span, Tracer
+from shoestring.parallel.trace_measure import length, measure, union
+from shoestring.train.engine import Engine
+
+# Slots of one block's phases. even: every slot of a pair balances. trace: the shares of DeepSeek's published trace.
+PACES = {
+    "even": {
+        ("attention", "F"): 1, ("experts", "F"): 0.5, ("experts", "B"): 1, ("experts", "W"): 0.5, ("attention", "B"): 0.5,
+        ("attention", "W"): 0.5, ("dispatch", "F"): 1, ("combine", "F"): 1, ("combine", "B"): 1, ("dispatch", "B"): 1,
+    },
+    "trace": {
+        ("attention", "F"): 0.562, ("experts", "F"): 0.593, ("experts", "B"): 0.683, ("experts", "W"): 0.652, ("attention", "B"): 1.203,
+        ("attention", "W"): 0.307, ("dispatch", "F"): 0.935, ("combine", "F"): 1.213, ("combine", "B"): 0.806, ("dispatch", "B"): 1.046,
+    },
+}  # fmt: skip
+CHUNK = {(phase, kind): 0.5 for phase in ("attention", "experts") for kind in "FBW"}  # F = 1, B = I + W, I = W = 1
+EXCHANGES = ("dispatch", "combine")
+MODES = ("no latency", "overlap", "no overlap")
+
+
+def main() -> None:
+    options = parse()
+    results: dict = {"setting": setting(options)}
+    if "paced" in options.parts:
+        results["paced"], step = paced(options)
+        if options.plot:
+            draw_step(step, options.plot)
+    if "real" in options.parts:
+        results["real"] = real(options)
+    if "bubbles" in options.parts:
+        results["bubbles"] = bubbles(options)
+    print(f"{results['setting']}\n\n" + "\n\n".join(tables(results).values()))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.page:
+        options.page.write_text(page(results, command(options), os.path.relpath(options.plot, options.page.parent)), encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=("paced", "real", "bubbles"), default=["paced", "real", "bubbles"])
+    parser.add_argument("--micro-batches", type=int, default=64, help="of a step of `paced` and `real` (default 64)")
+    parser.add_argument("--slot-ms", type=float, default=20.0, help="of `paced` and `bubbles` (default 20)")
+    parser.add_argument("--runs", type=int, default=5, help="interleaved, of everything (default 5)")
+    parser.add_argument("--json", type=Path, help="every number of every run")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="draw a step; needs the extra `bench`")
+    parser.add_argument("--page", type=Path, metavar="MD", help="write the page; its picture goes beside it unless --plot says where")
+    options = parser.parse_args()
+    if options.page and not options.plot:
+        options.plot = options.page.with_name("overlap_step.svg")
+    if options.page and len(options.parts) < 3:
+        parser.error("--page wants all parts")
+    return options
+
+
+def setting(options: argparse.Namespace) -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("shoestring", "torch"))
+    return (
+        f"{datetime.date.today()}  python {platform.python_version()}, {libraries}, {os.cpu_count()} cores\n"
+        f"{options.micro_batches} micro-batches, slots of {options.slot_ms:g} ms, medians of {options.runs} interleaved run(s)"
+    )
+
+
+def command(options: argparse.Namespace) -> str:
+    chosen = ["--micro-batches", str(options.micro_batches), "--slot-ms", f"{options.slot_ms:g}", "--runs", str(options.runs)]
+    return shlex.join([*chosen, "--page", str(options.page)])
+
+
+# ---------------------------------------------------------------- one traced step
+
+
+class NoOverlap(Pace):
+    """Every exchange is waited for at once."""
+
+    def issue(self, op, phase, pending):
+        pending = super().issue(op, phase, pending)
+        pending.land()
+        return pending
+
+
+def configured(words: str, *, micro_batches: int, sequences: int = 1) -> Config:
+    """Only MoE blocks, one in each stage."""
+    base = load(["model=micro", "data=synthetic", *words.split()])
+    tokens = micro_batches * sequences * base.data.seq_len * base.parallel.dp
+    more = [f"model.num_layers={base.parallel.num_stages}", f"model.num_dense_layers=0 train.micro_batch_sequences={sequences}"]
+    return load(["model=micro", "data=synthetic", *words.split(), *" ".join(more).split(), f"train.global_batch_tokens={tokens}"])
+
+
+def even_choice(config: Config):
+    """`MicroBatch.choose`: every expert gets as many tokens."""
+    m = config.model
+
+    def choose(layer, select, score_TE):
+        first = torch.arange(len(score_TE)) * m.top_k
+        return (first[:, None] + torch.arange(m.top_k)) % m.num_experts
+
+    return choose
+
+
+def batches(config: Config) -> list[MicroBatch]:
+    size = config.train.micro_batch_sequences, config.data.seq_len + 1
+    rows = torch.randint(config.model.vocab_size, size, generator=torch.Generator().manual_seed(dist.get_rank()))
+    one = MicroBatch(tokens_BS=rows[:, :-1], targets_BN=rows[:, 1:], counted=False, choose=even_choice(config))
+    return [one] * config.num_micro_batches
+
+
+def traced(engine: Engine, tracer: Recorder, seen_by: Tracer) -> list[Span] | None:
+    """One step's spans, on rank 0."""
+    engine.executor.tracer = seen_by
+    mine = batches(engine.config)
+    tracer.begin()
+    engine.executor.step(mine)
+    return tracer.finish()
+
+
+def pair_share(spans: Sequence[Span]) -> float:
+    """Of exchanges, those inside pairs: with perfect overlap and nothing under lone actions, the most that can be hidden."""
+    pairs = {(s.rank, s.stage, s.micro_batch) for s in spans if s.what == "pair"}
+    inside = [(s.rank, s.start, s.end) for s in spans if s.what == "pair"]
+    exchanges = [s for s in spans if s.what == "exchange"]
+    count = sum(any(r == s.rank and a <= s.start < b for r, a, b in inside) for s in exchanges)
+    return count / len(exchanges) if exchanges and pairs else 0.0
+
+
+def numbers(spans: Sequence[Span]) -> dict[str, float | None]:
+    m = measure(spans)
+    return {"seconds": m.seconds, "bubble": m.bubble, "comm": m.comm_seconds, "exposed": m.exposed_seconds,
+            "hidden": m.hidden_share, "hidden_in_pairs": m.pair_hidden_share, "in_pairs": pair_share(spans)}  # fmt: skip
+
+
+# ---------------------------------------------------------------- paced
+
+
+def paced(options: argparse.Namespace) -> tuple[dict, list[Span]]:
+    """{pace: {mode: runs}}, and the first overlapped step's spans."""
+    return fork_ranks(4, paced_rank, options.micro_batches, options.slot_ms / 1e3, options.runs, timeout_s=3600)[0]
+
+
+def paced_rank(micro_batches: int, slot: float, runs: int):
+    words = "parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipev parallel.chunks=2 data.seq_len=8"
+    config = configured(words, micro_batches=micro_batches)
+    engine, tracer = Engine(config), Recorder(dist.get_rank())
+    traced(engine, tracer, tracer)  # first calls are slow
+    found, step = {name: {mode: [] for mode in MODES} for name in PACES}, None
+    for _ in range(runs):
+        for name, mode in ((name, mode) for name in PACES for mode in MODES):
+            seconds = {key: slot * slots for key, slots in PACES[name].items() if mode != "no latency" or key[0] not in EXCHANGES}
+            spans = traced(engine, tracer, (NoOverlap if mode == "no overlap" else Pace)(tracer, seconds))
+            if spans:
+                found[name][mode].append(numbers(spans))
+                step = spans if (name, mode) == ("even", "overlap") and step is None else step
+    return found, step
+
+
+# ---------------------------------------------------------------- real compute
+
+
+def real(options: argparse.Namespace) -> dict:
+    return fork_ranks(2, real_rank, options.micro_batches, options.runs, timeout_s=3600)[0]
+
+
+def real_rank(micro_batches: int, runs: int) -> dict[str, list]:
+    """{mode: runs}, on links whose bandwidth makes a step's exchanges last as long as its compute."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
+    words = "parallel.ep=2 parallel.schedule=dualpipev parallel.chunks=2 data.seq_len=256 model.max_seq_len=256 model.dim=256"
+    config = configured(f"{words} model.expert_hidden_dim=256", micro_batches=micro_batches)
+    rank = dist.get_rank()
+    fabric = Fabric(rank, nodes=[0, 1], intra=Link(), inter=Link())
+    engine, tracer = Engine(config, transport=fabric), Recorder(rank)
+    traced(engine, tracer, tracer)
+    before = fabric.sent_bytes["inter"]
+    spans = traced(engine, tracer, tracer)
+    busy = torch.tensor([length(union((s.start, s.end) for s in spans if s.rank == 0 and s.what == "compute")) if spans else 0.0])
+    dist.broadcast(busy, 0)
+    link = Link(packet=4096, bandwidth=(fabric.sent_bytes["inter"] - before) / busy.item())
+    found = {mode: [] for mode in MODES}
+    for _, mode in ((i, mode) for i in range(runs) for mode in MODES):
+        fabric.ports["inter"].link = Link() if mode == "no latency" else link
+        spans = traced(engine, tracer, (NoOverlap if mode == "no overlap" else Pace)(tracer, {}))
+        if spans:
+            found[mode].append(numbers(spans))
+    return found
+
+
+# ---------------------------------------------------------------- bubbles
+
+
+def layouts() -> Iterator[tuple[str, int, int]]:
+    """(schedule, pp, chunks)"""
+    for pp in (2, 4):
+        for name, schedule in SCHEDULES.items():
+            chunks = next(c for c in (1, 2) if schedule.rule(pp, c, 4 * pp) is None)
+            yield name, pp, chunks
+
+
+def bubbles(options: argparse.Namespace) -> list[dict]:
+    """A row per layout: simulated, and of each run."""
+    slot, rows = options.slot_ms / 1e3, []
+    for name, pp, chunks in layouts():
+        num = 4 * pp
+        made = SCHEDULES[name].actions(pp, chunks, num)
+        timeline = simulate(made, by_kind(F=slot, B=2 * slot, I=slot, W=slot))
+        runs = fork_ranks(4, bubble_rank, name, pp, chunks, num, slot, options.runs, timeout_s=600)[0]
+        simulated = {"bubble": timeline.bubble, "seconds": timeline.makespan}
+        rows.append({"schedule": name, "pp": pp, "micro_batches": num, "runs": runs, "simulated": simulated})
+    return rows
+
+
+def bubble_rank(name: str, pp: int, chunks: int, num: int, slot: float, runs: int) -> list[dict]:
+    words = f"parallel.pp={pp} parallel.edp={4 // pp} parallel.schedule={name} parallel.chunks={chunks} data.seq_len=8"
+    engine, tracer = Engine(configured(words, micro_batches=num)), Recorder(dist.get_rank())
+    traced(engine, tracer, tracer)
+    pace = Pace(tracer, {key: slot * slots for key, slots in CHUNK.items()})
+    steps = [traced(engine, tracer, pace) for _ in range(runs)]
+    return [numbers(spans) for spans in steps if spans]
+
+
+if __name__ == "__main__":
+    main()
