@@ -108,7 +108,8 @@ class Recorder(Tracer):
             with self._span("compute", op.kind, op, phase):
                 return pending.finish()
 
-        return Pending(work=_Watched(pending.work, self._open("exchange", op.kind, op, phase), self.clock, told=True), finish=finish)
+        work = _Watched(pending.work, self._open("exchange", op.kind, op, phase), self.clock, told=True)
+        return Pending(work=work, finish=finish, onward=pending.onward)
 
     def link(self, kind: str, op: Op, work: Work) -> Work:
         return _Watched(work, self._open("link", kind, op, ""), self.clock, told=False, sending=kind == "send")
@@ -142,6 +143,9 @@ class _Watched:
         elif not self.sending:
             self.span[7] = self.clock.now()
         return result
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
 
 
 class _HostClock:

@@ -28,6 +28,7 @@ from ..parallel.phases import MicroBatch
 from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
 from ..parallel.schedule import SCHEDULES, Action, direction_of, split_layers, validate
+from ..parallel.transport import DIRECT, Transport
 from . import cost
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
@@ -74,12 +75,20 @@ class Watch:
 class Engine:
     """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`.
 
-    `mesh`: one of the same layout, to be used again; None makes one.
+    `mesh`: one of the same layout, to be used again; None makes one. `transport`: what token exchanges and pipeline transfers pass.
     """
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu", mesh: Mesh | None = None, watch: Watch | None = None):
-        self.config, self.device, self.watch = config, torch.device(device), watch or Watch()
-        self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=config.model.embeds_at_head)
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device | str = "cpu",
+        mesh: Mesh | None = None,
+        watch: Watch | None = None,
+        transport: Transport = DIRECT,
+    ):
+        self.config, self.device, self.watch, self.transport = config, torch.device(device), watch or Watch(), transport
+        embeds_at_head, gpus_per_node = config.model.embeds_at_head, config.cluster.gpus_per_node
+        self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=embeds_at_head, gpus_per_node=gpus_per_node)
         self.dtype = DTYPES[config.precision.compute]
         store = WeightGradStore()
         fp8 = Fp8Linears(casts=WeightCache(), store=store) if config.precision.linear == "fp8" else None
@@ -102,7 +111,7 @@ class Engine:
             name = "alltoall" if c.parallel.ep > 1 else "local"
         fp8 = self.ops.fp8 is not None
         align = row_alignment(self.dtype, fp8=fp8)
-        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep, fp8=fp8)
+        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep, fp8=fp8, transport=self.transport)
         balance = Balance(sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens)
         layers = stage_layers(c)
         stages: dict[int, Stage] = {}
@@ -150,11 +159,13 @@ class Engine:
 
         depth = c.model.mtp_depth
         return Executor(
+            transport=self.transport,
             stages={index: stage.phases for index, stage in self.stages.items()},
             mesh=mesh,
             actions=actions,
             store=self.ops.store,
             boundary=lambda num_tokens: torch.empty(num_tokens, c.model.dim, dtype=self.dtype, device=self.device),
+            enqueues=self.device.type == "cuda",
             loss_weights=torch.tensor([1.0] + [c.optim.mtp_weight / max(1, depth)] * depth, dtype=torch.float64, device=self.device),
         )
 
