@@ -27,7 +27,7 @@ from ..parallel.optimizer.zero import Chunk, Spec
 from ..parallel.phases import MicroBatch
 from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
-from ..parallel.schedule import SCHEDULES, Action, direction_of, split_layers, validate
+from ..parallel.schedule import Action, direction_of, proven, share_layers
 from ..parallel.transport import DIRECT, Transport
 from . import cost
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
@@ -153,9 +153,7 @@ class Engine:
 
         @functools.cache
         def actions(num_micro_batches: int) -> list[Action]:
-            lists = SCHEDULES[c.parallel.schedule].actions(c.parallel.pp, c.parallel.chunks, num_micro_batches)
-            validate(lists, mesh.placements, num_micro_batches)
-            return lists[mesh.pp_rank]
+            return proven(c.parallel.schedule, c.parallel.pp, c.parallel.chunks, num_micro_batches)[mesh.pp_rank]
 
         depth = c.model.mtp_depth
         return Executor(
@@ -306,10 +304,11 @@ class _Totals:
 
 
 def stage_layers(config: Config) -> list[range]:
-    """The blocks of each pipeline stage, shared out by cost; those of multi-token prediction are on the last, with the head."""
+    """The blocks of each pipeline stage, as `parallel.stages` says or shared out by cost; those of multi-token prediction are on the last,
+    with the head."""
     m, p, costs = config.model, config.parallel, cost.block_costs(config.model, config.data.seq_len)
     last = cost.head_cost(m) + cost.prediction_cost(m, config.data.seq_len)
-    *stages, end = split_layers(costs, p.num_stages, first=cost.embedding_cost(m), last=last)
+    *stages, end = share_layers(p, costs, first=cost.embedding_cost(m), last=last)
     return [*stages, range(end.start, m.num_blocks)]
 
 
