@@ -127,7 +127,7 @@ def label(axes, spans: Sequence[Span], begin: float, end: float) -> None:
 
 def page(results: dict, command: str, picture: str) -> str:
     """docs/overlap.md, whole."""
-    of = tables(results)
+    of = dict.fromkeys(("paced", "real", "bubbles"), "not measured yet") | tables(results)
     return f"""\
 # Communication under compute
 
@@ -145,8 +145,8 @@ python tests/benchmarks/overlap.py {command}
 
 A rank is *exchanging* while at least one of its all-to-alls is under way: from when it was issued until its work was over, waiting for
 peers and for the link included. What of that time lies under compute spans of the same rank is *hidden*; the rest is *exposed*. In the
-tables, *in pairs* is the share of exchanges in actions that overlap a forward with a backward: others have nothing to hide under but their
-own weight gradients. `x no latency` is against the same steps with exchanges that take only the time their bytes really need. With no
+tables, *in pairs* is the share of exchanges in actions that overlap a forward with a backward. It caps what a step can hide, but for the
+weight gradients that the other exchanges have beside them. `x no latency` is against the same steps with exchanges that take only the time their bytes really need. With no
 overlap, every exchange is waited for as soon as it is issued. A number is the median over runs; in brackets, the lowest and the highest.
 
 ## Paced
@@ -165,7 +165,8 @@ trace, whose slots do not.
 ## Real compute
 
 Two processes with a core each, ep 2, DualPipeV on one pipeline rank. The links have the bandwidth at which a step's exchanges take as long
-as its compute. Packing a message is exchange time that nothing hides; so is what the host spends between phases.
+as its compute. Packing a message is no compute here: an exchange that is under way meanwhile counts as exposed, and so it does while the
+host is between phases.
 
 ```text
 {of["real"]}
