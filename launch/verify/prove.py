@@ -34,7 +34,7 @@ from .routing import make, replay, trace_of
 # One process, and nothing that may not matter.
 ALONE = (
     "parallel.pp=1", "parallel.edp=1", "parallel.ep=1", "parallel.chunks=1", "parallel.schedule=1f1b", "parallel.dispatcher=auto",
-    "parallel.placement_interval=0", "optim.engine=whole", "optim.offload=false", "train.recompute=[]",
+    "parallel.placement_interval=0", "parallel.stages=''", "optim.engine=whole", "optim.offload=false", "train.recompute=[]",
 )  # fmt: skip
 Fault = Callable[[], None]
 MOST = 100  # deviations of a case that a certificate keeps
