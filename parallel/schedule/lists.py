@@ -67,19 +67,19 @@ class _DualPipeRank:
         pair = lambda forward, backward: (self.op("F", forward), self.op("B", backward))
         weights = lambda: (self.waiting.popleft(),)
         ahead = self.half - 1 - self.near
-        made = [one("F", 0) for _ in range(2 * ahead)]
-        for _ in range(self.near + 1):
+        made = [one("F", 0) for _ in range(2 * ahead)]  # step 1
+        for _ in range(self.near + 1):  # step 2
             made += one("F", 0), one("F", 1)
-        for _ in range(ahead):
+        for _ in range(ahead):  # step 3
             made += one("I", 1), weights(), one("F", 1)
-        for n in range(self.each - ahead - self.half):
+        for n in range(self.each - ahead - self.half):  # step 4, the steady state
             apart = n == 0 and ahead == 0  # the middle ranks': whoever waits for either need not wait for both
             made += [one("F", 0), one("B", 1)] if apart else [pair(0, 1)]
             made.append(pair(1, 0))
-        for _ in range(ahead):
+        for _ in range(ahead):  # step 5
             made += one("B", 1), pair(1, 0)
-        for n in range(2 * self.near + 2):
+        for n in range(2 * self.near + 2):  # step 6
             made.append(one("B" if n <= self.near else "I", 1 - n % 2))
-        for _ in range(ahead):
+        for _ in range(ahead):  # step 7
             made += weights(), one("I", 0)
-        return made + [weights() for _ in range(self.near + 1)]
+        return made + [weights() for _ in range(self.near + 1)]  # step 8
