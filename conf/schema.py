@@ -136,7 +136,9 @@ class ParallelConfig(Section):
     schedule: str = "1f1b"
     chunks: int = 1  # pipeline stages per rank (interleaved schedules; 2 in zbv and dualpipev)
     stages: str = ""  # blocks of each stage, such as "5|4*6|3": 5, six times 4, 3; empty: shared out by cost
-    dispatcher: str = "auto"  # auto: `local` where ep is 1, `alltoall` elsewhere
+    # local | alltoall | hierarchical (a token crosses once to each node of cluster.gpus_per_node) | deepep (if installed) | auto: local
+    # where ep is 1, alltoall elsewhere
+    dispatcher: str = "auto"
     placement_interval: int = 0  # steps between moves of experts to ranks of even load; 0: experts stay where they are
 
     @property

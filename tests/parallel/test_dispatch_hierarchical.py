@@ -21,9 +21,9 @@ from shoestring.parallel.transport import Transport
 E, K, D = 16, 4, 16
 CASES = [  # ranks, ranks of a node, precision
     *((4, 2, precision) for precision in ("fp64", "fp32", "bf16", "fp8")),
-    (8, 2, "bf16"), (8, 4, "fp8"),  # as many nodes as a token has experts, and fewer
-    (4, 4, "bf16"), (2, 8, "fp32"),  # one node, and only a part of one
-    (4, 1, "fp8"),  # every rank is a node
+    (8, 2, "fp32"), (8, 4, "fp8"),  # as many nodes as a token has experts, whose order rounding tells; and fewer
+    (4, 4, "bf16"), (2, 8, "fp8"),  # one node, and only a part of one
+    (4, 1, "bf16"),  # every rank is a node
 ]  # fmt: skip
 WIDE = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
 
@@ -60,14 +60,26 @@ def by_nodes(copies_TKD, node_TK, nodes):
     return rounded(torch.stack([rounded(copies_TKD * (node_TK == node)[:, :, None]) for node in range(nodes)], 1))
 
 
+class Recorder(Transport):
+    """Remembers what this rank sent to whom: (ranks of the group, rows to each)."""
+
+    def __init__(self):
+        self.calls = []
+
+    def all_to_all(self, out, rows, group, *, received=None, sent=None):
+        shares = rows.split(sent or [len(rows) // group.size()] * group.size())
+        self.calls.append((dist.get_process_group_ranks(group), [share.clone() for share in shares]))
+        return super().all_to_all(out, rows, group, received=received, sent=sent)
+
+
 def both_ways(node_size, dtype, fp8):
     """Both dispatchers side by side, forward and backward."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     by_node = Mesh.create(ParallelConfig(ep=ranks, dispatcher="hierarchical"), rank, gpus_per_node=node_size).ep
     plain = Mesh.create(ParallelConfig(ep=ranks, dispatcher="alltoall"), rank).ep
     align, own, node_slots = 128 if fp8 else 8, E // ranks, E // ranks * min(ranks, node_size)
-    make = lambda name, groups: make_dispatcher(name, num_experts=E, align=align, groups=groups, fp8=fp8)
-    ours, theirs = make("hierarchical", by_node), make("alltoall", plain)
+    make = lambda name, groups, to: make_dispatcher(name, num_experts=E, align=align, groups=groups, fp8=fp8, transport=to)
+    ours, theirs = make("hierarchical", by_node, recorder := Recorder()), make("alltoall", plain, Transport())
     same = lambda a, b: torch.equal(a.wide() if fp8 else a, b.wide() if fp8 else b)
     g = torch.Generator().manual_seed(rank)
     slot_of_E = torch.randperm(E, generator=torch.Generator().manual_seed(1))
@@ -98,6 +110,8 @@ def both_ways(node_size, dtype, fp8):
             limit = {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-15}[dtype]
             assert ((y_TD - exact).abs() <= limit * copies_TKD.double().abs().sum(1)).all(), f"{name}: combine {direction}"
             assert back_TK is None if weight is None else torch.equal(back_TK, weight_TK * (1 + slot_TK)), f"{name}: weights"
+    widths = {(share.dtype, share[0].nbytes) for _, shares in recorder.calls for share in shares if len(share)}
+    assert not fp8 or all(width % 16 == 0 for dtype, width in widths if dtype == torch.uint8), "rows of bytes are whole units of 16"
     return True
 
 
@@ -108,18 +122,6 @@ def test_the_same_rows_arrive_and_sums_return(ranks, node_size, precision):
 
 
 # ---------------------------------------------------------------- what crosses
-
-
-class Recorder(Transport):
-    """Remembers what this rank sent to whom: (ranks of the group, rows to each)."""
-
-    def __init__(self):
-        self.calls = []
-
-    def all_to_all(self, out, rows, group, *, received=None, sent=None):
-        shares = rows.split(sent or [len(rows) // group.size()] * group.size())
-        self.calls.append((dist.get_process_group_ranks(group), [share.clone() for share in shares]))
-        return super().all_to_all(out, rows, group, received=received, sent=sent)
 
 
 def crossings(node_size):
