@@ -146,8 +146,9 @@ python tests/benchmarks/overlap.py {command}
 A rank is *exchanging* while at least one of its all-to-alls is under way: from when it was issued until its work was over, waiting for
 peers and for the link included. What of that time lies under compute spans of the same rank is *hidden*; the rest is *exposed*. In the
 tables, *in pairs* is the share of exchanges in actions that overlap a forward with a backward. It caps what a step can hide, but for the
-weight gradients that the other exchanges have beside them. `x no latency` is against the same steps with exchanges that take only the time their bytes really need. With no
-overlap, every exchange is waited for as soon as it is issued. A number is the median over runs; in brackets, the lowest and the highest.
+weight gradients that the other exchanges have beside them. `x no latency` is against the same steps with exchanges that take only the time
+their bytes really need. With no overlap, every exchange is waited for as soon as it is issued. A number is the median over runs; in
+brackets, the lowest and the highest.
 
 ## Paced
 
