@@ -85,9 +85,9 @@ class Recorder(engine.Watch):
                 self.first[name] = chunk.data.clone()
         run = engine.executor.step
 
-        def step(batches: list[MicroBatch]):
+        def step(batches: list[MicroBatch], **how):
             self.rows.append(torch.cat([torch.cat([b.tokens_BS[:, :1], b.targets_BN], 1) for b in batches]))
-            return run(batches)
+            return run(batches, **how)
 
         engine.executor.step = step
 

@@ -20,6 +20,7 @@ from shoestring.parallel.optimizer.make import make_optimizer
 from shoestring.parallel.optimizer.zero import Spec
 from shoestring.parallel.phases import MicroBatch
 from shoestring.parallel.schedule import SCHEDULES, Op
+from shoestring.parallel.schedule.ops import Held
 from shoestring.train.engine import Engine, Watch
 from shoestring.train.interop.hf_format import pieces, to_hf_config
 from torch import nn
@@ -57,7 +58,8 @@ one_f_one_b = SCHEDULES["1f1b"]
 @pytest.fixture(autouse=True)
 def late_weight_gradients(monkeypatch):
     deepspeed_zero.preload()
-    monkeypatch.setitem(SCHEDULES, "1f1b", dataclasses.replace(one_f_one_b, actions=late))
+    held = lambda pp, chunks, num: [Held(h.activations, num) for h in one_f_one_b.held(pp, chunks, num)]
+    monkeypatch.setitem(SCHEDULES, "1f1b", dataclasses.replace(one_f_one_b, actions=late, held=held))
 
 
 class Gradients(Watch):
