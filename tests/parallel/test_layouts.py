@@ -114,6 +114,8 @@ LAYOUTS = [
     "pp=2 chunks=2 schedule=interleaved_1f1b ep=2",
     "pp=2 edp=2 ep=2", "pp=4 ep=2", "pp=2 ep=4", "edp=4 ep=2", "ep=8",
     "pp=2 chunks=2 schedule=interleaved_1f1b edp=2 ep=2",
+    "pp=2 chunks=2 schedule=zbv ep=2", "pp=2 chunks=2 schedule=dualpipev ep=2",
+    "pp=2 schedule=dualpipe ep=2", "pp=2 schedule=dualpipe edp=2",
 ]  # fmt: skip
 
 
@@ -131,21 +133,36 @@ def test_nothing_to_receive(layout, routing):
     assert (idle == 0).all()
 
 
-@pytest.mark.parametrize("layout", ["pp=2 ep=2", "pp=2 chunks=2 schedule=interleaved_1f1b", "edp=2 ep=2"])
+@pytest.mark.parametrize(
+    "layout", ["pp=2 ep=2", "pp=2 chunks=2 schedule=interleaved_1f1b", "edp=2 ep=2", "pp=2 chunks=2 schedule=zbv", "pp=2 schedule=dualpipe"]
+)
 def test_tied_embeddings(layout):
     """The embedding's copies on the first and the last stage are one parameter: reduced over both, counted once."""
     options = ["model.tie_embeddings=true"]
     compare(run(layout, options, "natural"), reference(options, "natural"), **FP32)
 
 
-@pytest.mark.parametrize("layout", ["pp=2 ep=2", "pp=2 chunks=2 schedule=interleaved_1f1b", "pp=4 edp=2", "edp=2 ep=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp=2 ep=2",
+        "pp=2 chunks=2 schedule=interleaved_1f1b",
+        "pp=4 edp=2",
+        "edp=2 ep=2",
+        "pp=2 schedule=dualpipe",
+        "pp=2 chunks=2 schedule=zbv",
+    ],
+)
 def test_multi_token_prediction(layout):
     """Two modules after the head, with the embedding's other copy: reduced over both ends, counted once."""
     options = ["model.mtp_depth=2", "precision=fp64"]
     compare(run(layout, options, "natural"), reference(options, "natural"), **FP64)
 
 
-@pytest.mark.parametrize("layout", ["pp=2 edp=2 ep=2", "pp=4 chunks=1 ep=2"])
+HIERARCHICAL = ["ep=4 dispatcher=hierarchical", "pp=2 chunks=2 schedule=dualpipev ep=4 dispatcher=hierarchical"]  # another order of sums
+
+
+@pytest.mark.parametrize("layout", ["pp=2 edp=2 ep=2", "pp=4 chunks=1 ep=2", *HIERARCHICAL])
 def test_fp64(layout):
     """The sharpest eye: a mistake of one part in 1e10 in any gradient shows."""
     compare(run(layout, ["precision=fp64"], "natural"), reference(["precision=fp64"], "natural"), **FP64)
@@ -159,7 +176,7 @@ def test_bf16(layout):
     compare(run(layout, options, "pinned"), reference(options, "pinned"), loss=1e-3, norm=1e-2, tensors=3e-2, weights=2 * LR * STEPS)
 
 
-@pytest.mark.parametrize("layout", ["pp=2 ep=2", "edp=2 ep=2"])
+@pytest.mark.parametrize("layout", ["pp=2 ep=2", "edp=2 ep=2", "pp=2 schedule=dualpipe"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_deepspeed_engine(layout, compute):
     """Engine `deepspeed` on a layout against engine `whole` in one process."""
