@@ -154,7 +154,8 @@ def _sum_copies(rows_RD: Tensor, row_of_TK: Tensor, weight_TK: Tensor | None) ->
     if rows_RD.is_cuda and rows_RD.dtype != torch.float64:
         return sum_copies_triton(rows_RD.contiguous(), row_of_TK.contiguous(), None if weight_TK is None else weight_TK.contiguous())
     if weight_TK is None and not rows_RD.is_cuda and len(row_of_TK):  # gathers and adds in one pass: five to ten times as fast
-        return F.embedding_bag(row_of_TK, rows_RD, mode="sum")
+        wide = torch.promote_types(rows_RD.dtype, torch.float32)  # its own BF16 sums round ties away from zero
+        return F.embedding_bag(row_of_TK, rows_RD.to(wide), mode="sum").to(rows_RD.dtype)
     return sum_copies_reference(rows_RD, row_of_TK, weight_TK)
 
 

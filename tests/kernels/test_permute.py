@@ -41,6 +41,11 @@ def test_sum_copies_rounds_once_in_bf16():
     """1 + 2^-8 + 2^-8: added in BF16 one by one the small terms vanish, added in FP32 they count."""
     rows = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
     assert sum_copies(rows, torch.tensor([[0, 1, 2]])).item() == 1 + 2.0**-7
+    one, tie = torch.tensor([[1.0], [2.0**-8]], dtype=torch.bfloat16), torch.tensor([[0, 1]])
+    assert sum_copies(one, tie).item() == 1, "to even"
+    many = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = many[:100].double() + many[100:].double()
+    assert torch.equal(sum_copies(many, torch.arange(200).view(2, 100).t()), exact.bfloat16())
 
 
 def test_they_are_transposes():
