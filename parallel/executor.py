@@ -24,7 +24,7 @@ from .groups import Mesh
 from .phases import ComputePhase, MicroBatch, Pending
 from .schedule import Action, Op, direction_of
 from .trace import Tracer
-from .transport import Transport, Work
+from .transport import DIRECT, Transport, Work
 
 Waiting = list[tuple[str, list[Callable[[], None]]]]  # weight gradients by phase
 
@@ -43,12 +43,12 @@ class Executor:
         store: WeightGradStore,
         boundary: Callable[[int], Tensor],
         loss_weights: Tensor,
-        transport: Transport | None = None,
+        transport: Transport = DIRECT,
         enqueues: bool = False,
     ):
         """`enqueues`: compute goes on after the call that starts it has returned, as on a GPU."""
         self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
-        self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport or Transport()
+        self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport
         self.tracer, self.enqueues = Tracer(), enqueues
 
     @torch.no_grad()
