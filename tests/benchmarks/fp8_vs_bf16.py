@@ -289,8 +289,8 @@ def write_page(options: argparse.Namespace, runs: Runs, measured: str) -> None:
     command = f"python tests/benchmarks/fp8_vs_bf16.py {words}"
     image = f"![Held-out loss, and difference to BF16, over tokens]({picture.name})"
     legend = (
-        "A thin line is a seed, a bold one their mean. The bars are the 95 % intervals at the end, the grey band is the aim. `fp8_vs_bf16.json`,\n"
-        "beside this page, has every evaluation of every run."
+        "A thin line is a seed, a bold one their mean. The bars are the 95 % intervals at the end, the grey band is the aim.\n"
+        f"`{picture.with_suffix('.json').name}`, beside this page, has every evaluation of every run."
     )
     text = f"```sh\n{command}\n```\n\n```text\n{measured}\n```\n\n{image}\n\n{legend}\n"
     replace_file(options.page, f"{before}{begin}\n\n{text}\n{end}{after}")

@@ -154,12 +154,12 @@ def test_the_page_keeps_what_is_around_the_result(script, tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs the extra `bench`")
     page, runs = tmp_path / "fp8.md", runs_of(fp8=[0.1, 0.2], control=[0.0, 0.1])
     options = argparse.Namespace(page=page, steps=4, seeds=2, held_out=4)
-    page.write_text(f"above\n{script.BEGIN}\nold\n{script.END}\nbelow\n")
+    page.write_text(f"above\n{script.BEGIN}\nfrom before\n{script.END}\nbelow\n")
     script.write_page(options, runs, "measured")
     once = page.read_text()
     script.write_page(options, runs, "measured")
     assert page.read_text() == once and once.startswith("above\n") and once.endswith("\nbelow\n")
-    assert "measured" in once and "old" not in once and "fp8_vs_bf16.svg" in once
+    assert "measured" in once and "from before" not in once and "fp8_vs_bf16.svg" in once
     kept = json.loads((tmp_path / "fp8_vs_bf16.json").read_text())
     assert kept["at_end"]["fp8"]["per_cent"] == pytest.approx([0.1, 0.2]) and len(kept["runs"]["bf16"]) == 2
     page.write_text("no place")
