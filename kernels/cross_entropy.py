@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x_TD, grad_TV), weight = ctx.saved_tensors, ctx.weight
+        (x_TD, grad_TV), weight = (t.detach() for t in ctx.saved_tensors), ctx.weight
         # `grad` is a scalar on the device: scaling the narrow factors costs little, and asks the host nothing.
         ctx.store.append(lambda: add_outer(weight.main_grad, grad_TV, (x_TD * grad).to(x_TD.dtype)))
         return torch.mm(grad_TV, weight).mul_(grad), None, None, None, None, None, None

@@ -108,7 +108,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RO):
         (rows_RI,), weight, groups = (ctx.again(),) if ctx.again else ctx.saved_tensors, ctx.weight, ctx.groups
-        grad_RO = grad_RO.contiguous()
+        rows_RI, grad_RO = rows_RI.detach(), grad_RO.contiguous()
         ctx.store.append(lambda: add_grouped_weight_grad(weight.main_grad, grad_RO, rows_RI, groups))
         return grouped_mm(grad_RO, weight, groups), None, None, None, None
 

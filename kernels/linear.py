@@ -25,7 +25,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RO):
         (rows_RI,), weight = (ctx.again(),) if ctx.again else ctx.saved_tensors, ctx.weight
-        grad_RO = grad_RO.contiguous()  # also where it arrives expanded
+        rows_RI, grad_RO = rows_RI.detach(), grad_RO.contiguous()  # also where it arrives expanded
         ctx.store.append(lambda: add_outer(weight.main_grad, grad_RO, rows_RI))
         grad_RI = torch.mm(grad_RO, weight.to(ctx.compute_dtype)) if ctx.needs_input_grad[0] else None
         return grad_RI, None, None, None, None

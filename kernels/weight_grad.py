@@ -13,7 +13,7 @@ from torch import Tensor
 class WeightGradStore:
     """Closures of one backward pass, in the order they came. Whoever ran that pass takes them and decides when they run.
 
-    They run outside grad mode: `main_grad` is written in place.
+    They run outside grad mode: `main_grad` is written in place. What they keep is detached: else it would keep the whole graph behind it.
     """
 
     def __init__(self):

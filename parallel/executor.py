@@ -7,7 +7,8 @@ to the end; an action with two advances them in turn, backward first, so that on
     backward    combine |              | experts, dispatch, weights |                  | attention, combine of the block before ...
     forward             | attn, dispatch |                          | experts, combine |
 
-A compute phase's weight gradients run right after the *next* collective of its backward was issued (B), or wait for their W action.
+A compute phase's weight gradients run right after the *next* collective of its backward was issued (B), or wait for their W action (I).
+A collective of an action with one op has no other compute beside it: some of those that wait, the oldest, run there instead.
 
 On a GPU a phase's compute is only enqueued when its forward or backward returns, and issuing a dispatch makes the host wait for counts that
 the GPU has yet to make. So there a generator also yields between compute and the collective that follows: the other's compute is enqueued
@@ -73,6 +74,7 @@ class Executor:
         last_of = {op.stage: i for i, action in enumerate([(), *actions]) for op in action}
         for i, (action, upcoming) in enumerate(zip([(), *actions], [*actions, ()])):
             run.post_receives(upcoming)  # one action ahead, so that it arrives under this one
+            run.alone = len(action) == 1
             with self.tracer.action(action):
                 interleave([run.start(op) for op in reversed(action)])  # backward first
             run.release()
@@ -95,6 +97,7 @@ class _Step:
         self.executor, self.mesh, self.batches, self.training = executor, executor.mesh, batches, training
         self.tracer = executor.tracer
         self.direction = lambda op: direction_of(op.micro_batch, len(batches), len(executor.mesh.placements))
+        self.alone = False  # the action that runs has one op
         self.losses = torch.zeros_like(executor.loss_weights, dtype=torch.float64)
         self.inbox: dict[Op, Pending] = {}  # F: a stage's input; B: the gradient of its output
         self.saved: dict[tuple[int, int], list] = {}
@@ -138,7 +141,8 @@ class _Step:
     def _backward(self, op: Op) -> Iterator[None]:
         key = (op.stage, op.micro_batch)
         self._confirm(Op("F", *key))
-        grads, saved, store, waiting = self.inbox.pop(Op("B", *key)).wait(), self.saved.pop(key), self.executor.store, []
+        grads, saved, store = self.inbox.pop(Op("B", *key)).wait(), self.saved.pop(key), self.executor.store
+        waiting: Waiting = [] if op.kind == "B" else self.deferred.setdefault(key, [])
         for phase in reversed(self.executor.stages[op.stage]):
             if isinstance(phase, ComputePhase):
                 with self.tracer.compute(op, phase.name):
@@ -148,24 +152,31 @@ class _Step:
                 if self.executor.enqueues:
                     yield
             else:
-                after = (lambda: self._run(op, waiting)) if op.kind == "B" else lambda: None
-                grads = yield from self._under_way(op, phase.name, phase.backward(saved, *grads), after)
+                own = waiting if op.kind == "B" else ()
+                grads = yield from self._under_way(op, phase.name, phase.backward(saved, *grads), own)
         if op.stage:
             self._hand_over("B", op, op.stage - 1, grads[0])
         if op.kind == "B":
             self._run(op, waiting)
-        else:
-            self.deferred[key] = waiting
 
-    def _under_way(self, op: Op, phase: str, arriving: Pending, after: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Yields after each leg of the exchange was issued, `after()` the first; returns what has arrived."""
-        arriving = self.tracer.issue(op, phase, arriving)
-        after()
-        yield
-        while arriving.onward is not None:
-            arriving = self.tracer.issue(op, phase, arriving.advance())
+    def _under_way(self, op: Op, phase: str, arriving: Pending, own: Waiting = ()) -> Iterator[None]:
+        """Yields after each leg of the exchange was issued; returns what has arrived. `own`: weight gradients to run meanwhile."""
+        while True:
+            arriving = self.tracer.issue(op, phase, arriving)
+            if own:
+                self._run(op, own)
+            elif self.alone and arriving.work is not None:
+                self._fill()
             yield
-        return arriving.wait()
+            if arriving.onward is None:
+                return arriving.wait()
+            arriving = arriving.advance()
+
+    def _fill(self) -> None:
+        """The oldest weight gradients that wait for their action run now: those of one phase."""
+        for key, waiting in self.deferred.items():
+            if waiting:
+                return self._run(Op("W", *key), [waiting.pop(0)])
 
     def _weights(self, op: Op) -> Iterator[None]:
         self._run(op, self.deferred.pop((op.stage, op.micro_batch)))
