@@ -41,7 +41,7 @@ _NOT_NEGATIVE = [
     *_fields("optim", "final_lr warmup_steps constant_steps decay_steps weight_decay"),
     *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef mtp_weight"),
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
-    "parallel.placement_interval", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
+    "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
     "cluster.price_per_gpu_hour", "data.tokenizer.vocab_size",
 ]  # fmt: skip
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
@@ -60,6 +60,7 @@ _CHOICES = {
 _RECOMPUTED = ("norm", "mla_up", "swiglu", "attention", "experts")
 _OF_A_PHASE = ("train", "optim", "parallel", "data.seq_len", "data.sources", "model.max_seq_len", "model.yarn")
 _OF_THE_RUN = ("train.seed", "train.stop_after", "optim.ema_decay")
+_NCCL_BLOCKS = 64  # of a communicator, at most (its channels)
 _TRIALS = 200  # of candidates, when the nearest valid value is searched
 
 
@@ -165,6 +166,7 @@ def _candidates(c: Config, field: str) -> Iterable:
     limits = {
         "train.recompute": [[name for name in value if name in _RECOMPUTED]] if isinstance(value, (list, tuple)) else [],
         "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
+        "parallel.comm_sms": [0, _NCCL_BLOCKS],
         "train.steps": [1, c.optim.warmup_steps + c.optim.constant_steps],
     }  # fmt: skip
     if field in limits:
@@ -278,6 +280,8 @@ def _layout(c: Config) -> Iterator[Broken]:
         chunks_to_blame = p.chunks > m.num_layers or (p.chunks > 1 and p.pp <= m.num_layers)
         name = "parallel.chunks" if chunks_to_blame else "parallel.pp"
         yield name, f"{p.pp} ranks x {p.chunks} chunk(s) are {p.num_stages} stages, too many for model.num_layers = {m.num_layers}"
+    if p.comm_sms > _NCCL_BLOCKS:
+        yield "parallel.comm_sms", f"must not exceed {_NCCL_BLOCKS}: NCCL has no more thread blocks for a communicator"
     if (products := c.precision.products) not in c.cluster.peak_tflops:
         yield "cluster.peak_tflops", (f"has no peak for precision {products}, so the share of it that is used cannot be told: "
                                       f"add cluster.peak_tflops.{products}=TFLOPS")  # fmt: skip

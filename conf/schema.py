@@ -139,6 +139,7 @@ class ParallelConfig(Section):
     # local | alltoall | hierarchical (a token crosses once to each node of cluster.gpus_per_node) | deepep (if installed) | auto: local
     # where ep is 1, alltoall elsewhere
     dispatcher: str = "auto"
+    comm_sms: int = 0  # GPU: of each communicator that exchanges tokens, the most thread blocks, and so SMs; 0: NCCL's own choice
     placement_interval: int = 0  # steps between moves of experts to ranks of even load; 0: experts stay where they are
 
     @property

@@ -43,6 +43,7 @@ RULES = [
     ("parallel.pp=9", "parallel.pp", "9 stages, too many for model.num_layers = 4", 4),
     ("parallel.pp=2 parallel.chunks=3", "parallel.chunks", "6 stages", 2),
     ("parallel.pp=9 parallel.chunks=2", "parallel.pp", "18 stages", 2),
+    ("parallel.comm_sms=200", "parallel.comm_sms", "not exceed 64", 64),
     ("precision=fp64 ~cluster.peak_tflops.fp64", "cluster.peak_tflops", "no peak for precision fp64", None),
     # batch
     ("data.seq_len=1000", "data.seq_len", "not exceed model.max_seq_len = 512", 512),
