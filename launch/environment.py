@@ -47,6 +47,15 @@ def prepare(threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it says so on every rank
 
 
+def record_flight(folder: Path) -> None:
+    """Before NCCL is joined: its watchdog writes what was under way there before it ends a process (not tried: that takes two GPUs)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # from torch 2.13 on, and before
+        os.environ.setdefault(name, str(folder.resolve() / "nccl_rank_"))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
 def prepare_launch(run_on_cpu: bool) -> None:
     """For the ranks that this process is about to start on this machine."""
     os.environ["PYTHONSAFEPATH"] = "1"  # else a rank started from the tree would find our `train` and `kernels` as top-level packages

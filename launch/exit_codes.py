@@ -21,7 +21,7 @@ MEANING = {
 # By name, and not by class: whoever only wants an exit code need not import torch for it.
 _BY_NAME = {
     "ConfigError": CONFIG, "DataError": DATA, "CheckpointError": STORAGE, "HFError": STORAGE, "SafetensorError": STORAGE,
-    "FloatingPointError": DIVERGED, "RankFailed": LOST,
+    "FloatingPointError": DIVERGED, "RankFailed": LOST, "CollectiveLost": LOST,
     "DistBackendError": LOST, "DistNetworkError": LOST, "DistStoreError": LOST, "KeyboardInterrupt": INTERRUPTED,
 }  # fmt: skip
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

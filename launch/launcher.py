@@ -25,6 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
+from ..parallel.flight import who_is_missing
 from . import device, environment, exit_codes
 from .validate import validate
 
@@ -148,10 +149,10 @@ def _explain(first: ProcessFailure, logs: Path, world_size: int) -> int:
         how = f"was killed by {signal.Signals(-first.exitcode).name}" + (" (out of memory?)" if first.exitcode == -signal.SIGKILL else "")
     else:
         how = "died without a word (killed from outside, perhaps out of memory)"
-    if who:
+    if who and not (records and "Timed out" in records[0]["message"]):
         _say(f"{_last_words(logs, who[0])}error: rank {', '.join(map(str, who))} {how}", logs)
     else:
-        _say(f"error: {records[0]['message']}", logs)
+        _say("\n".join([f"error: {records[0]['message']}", *who_is_missing(logs.parent.parent / "flight")]), logs)
     return exit_codes.LOST
 
 

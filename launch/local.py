@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from ..parallel import world
 
 
 class RankFailed(RuntimeError):
@@ -34,7 +35,8 @@ def fork_ranks(world_size: int, target: Callable, *args, timeout_s: float = 300.
     context = mp.get_context("fork")
     results = context.Queue()
     with tempfile.TemporaryDirectory(prefix="shoestring-") as folder:
-        ranks = [context.Process(target=_rank, args=(r, world_size, target, args, folder, results), daemon=True) for r in range(world_size)]
+        meeting = {"init_method": f"file://{folder}/rendezvous", "world_size": world_size, "timeout_s": timeout_s}
+        ranks = [context.Process(target=_rank, args=(r, meeting, target, args, results), daemon=True) for r in range(world_size)]
         sys.stdout.flush(), sys.stderr.flush()
         for process in ranks:
             process.start()
@@ -67,12 +69,12 @@ def _collect(ranks, results, deadline) -> dict[int, bytes]:
     return answers
 
 
-def _rank(rank, world_size, target, args, folder, results):
+def _rank(rank, meeting, target, args, results):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what the parent left is not searched for garbage: a third of a second, and copies of all its pages, each time
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+        world.join(rank=rank, **meeting)
         answer = (rank, True, pickle.dumps(target(*args)))  # bytes: tensors in a queue would need live file descriptors
     except BaseException:
         answer = (rank, False, traceback.format_exc())

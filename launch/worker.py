@@ -1,6 +1,5 @@
 """One rank: its device, its process group, the trainer, and an exit code for whatever came of it."""
 
-import datetime
 import json
 import os
 import signal
@@ -13,9 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..conf.schema import Config
+from ..conf.schema import Config, LaunchConfig
+from ..parallel import world
+from ..parallel.flight import write_flight
 from ..train import trainer
-from . import device, exit_codes
+from . import device, environment, exit_codes
 from .environment import Place
 from .finish import conclude
 
@@ -56,11 +57,11 @@ def run(config: Config, place: Place, command: Sequence[str], *, failures: Path 
         chosen = device.start(config, place)
         _join(config, place, chosen)
         outcome = train(config, chosen, stop=stop, log=_say)
-        dist.destroy_process_group()
+        world.leave()
         if place.rank == 0:
             _say(conclude(config, outcome, command))
     except BaseException as error:
-        return _report(error, place, failures)
+        return _report(error, place, failures, Path(config.run_dir) / "flight")
     if outcome.stopped:
         return exit_codes.PREEMPTED
     return exit_codes.OTHER_SIZE if outcome.wants else exit_codes.OK
@@ -76,23 +77,25 @@ def run_launched(config: Config, failures: Path, command: Sequence[str], train: 
 
 
 def _join(config: Config, place: Place, on: torch.device) -> None:
-    timeout = datetime.timedelta(seconds=config.launch.timeout_s)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place.world_size == 1 else {}
+    flight = Path(config.run_dir) / "flight"
+    (flight / f"rank_{place.rank}.json").unlink(missing_ok=True)  # an earlier session's
     if on.type == "cuda":
-        kind = {"backend": "cpu:gloo,cuda:nccl", "device_id": on}
-    else:
-        kind = {"backend": "gloo"}
-    if place.world_size == 1:
-        kind |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(timeout=timeout, **kind)
+        environment.record_flight(flight)
+    world.join(on, timeout_s=config.launch.timeout_s, **alone)
+    if place.rank == 0 and config.launch.timeout_s != LaunchConfig.timeout_s:
+        _say(f"collectives are given up after {config.launch.timeout_s:g} s (launch.timeout_s)")
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _report(error: BaseException, place: Place, failures: Path | None) -> int:
+def _report(error: BaseException, place: Place, failures: Path | None, flight: Path) -> int:
     code = exit_codes.of(error)
     message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
+    if code == exit_codes.LOST and dist.is_initialized():
+        message += f"; what this rank had begun: {write_flight(flight, error)}"
     trace = traceback.format_exc() if code == exit_codes.FAILED else ""
     if failures is None:
         print(f"{trace}error: {message}", file=sys.stderr, flush=True)

@@ -1,10 +1,16 @@
 """The private and version-dependent names of torch that this folder uses, in one place.
 
-torch 2.11 knows `reduce_scatter_tensor` and `all_gather_into_tensor` only; 2.13 deprecates them for the `*_single` names.
+torch 2.11 knows `reduce_scatter_tensor` and `all_gather_into_tensor` only; 2.13 deprecates them for the `*_single` names. There,
+`split_group` would split gloo's half of a world along with NCCL's.
 """
+
+import inspect
+import json
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group, _world
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.optim.adamw import adamw
 
@@ -12,5 +18,40 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
+abort_process_group = _abort_process_group
+SPLITS_BY_BACKEND = "backend" in inspect.signature(dist.split_group).parameters
 
-__all__ = ["adamw", "all_gather", "foreach_mul_", "foreach_norm", "get_schedule_ops", "reduce_scatter"]
+
+def nccl_options(max_ctas: int):
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    return options
+
+
+def own_groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
+    """Torch's name of each group that this rank is in, and the group."""
+    return ((name, group) for group, name in _world.pg_names.items())
+
+
+def flight_entries() -> list[dict]:
+    """The last collectives that torch has begun in this process, oldest first; of gloo from 2.13 on. gloo's sends are not among them."""
+    c10d, entries = torch._C._distributed_c10d, []
+    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        if hasattr(c10d, dump):
+            entries += json.loads(getattr(c10d, dump)()).get("entries", [])
+    return sorted(entries, key=lambda e: e["time_created_ns"])
+
+
+__all__ = [
+    "SPLITS_BY_BACKEND",
+    "abort_process_group",
+    "adamw",
+    "all_gather",
+    "flight_entries",
+    "foreach_mul_",
+    "foreach_norm",
+    "get_schedule_ops",
+    "nccl_options",
+    "own_groups",
+    "reduce_scatter",
+]

@@ -9,7 +9,7 @@ World = pp x edp x ep, pp outermost and ep contiguous inside: rank = (pp_rank * 
 
 Where a schedule runs micro-batches both ways through the pipeline, pipeline ranks that hold the same stages are replicas of one another:
 at pp 2 all of the above are one dense group, and the expert replicas are {0 2 4 6} {1 3 5 7}.
-Every group is created by every rank in the same order, as torch.distributed requires.
+`partitions` says which groups there are, by name; each name parts the ranks of the world, so that a rank is in one of its groups at most.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch.distributed as dist
 
 from ..conf.schema import ParallelConfig
+from . import world
 from .schedule import SCHEDULES
 
 Flow = tuple[str, int, int]  # ("F" or "B", direction, leg)
@@ -63,29 +64,17 @@ class Mesh:
         return self.column[self.holder(other, direction)], self.flows[kind, direction, self.legs[direction][min(stage, other)]]
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, rank: int, *, embeds_at_head: bool = False, gpus_per_node: int = 1) -> "Mesh":
-        """Collective: all ranks of an initialised torch.distributed world of size pp x edp x ep call it."""
+    def create(
+        cls, parallel: ParallelConfig, rank: int, *, embeds_at_head: bool = False, gpus_per_node: int = 1, timeout_s: float | None = None
+    ) -> "Mesh":
+        """Collective: all ranks of a world of pp x edp x ep that has been joined call it, and later `close`."""
         p = parallel
         assert dist.get_world_size() == p.world_size
-        at = lambda s, d, e: (s * p.edp + d) * p.ep + e
         pp_rank, rest = divmod(rank, p.dp)
         edp_rank, ep_rank = divmod(rest, p.ep)
         placements = SCHEDULES[p.schedule].place(p.pp, p.chunks)
-        legs = [boundary_legs(placement) for placement in placements]
-        held = [held_stages(placements, s) for s in range(p.pp)]
-        alike = [[s for s in range(p.pp) if held[s] == mine] for mine in held]  # by pipeline rank: those that hold the same stages
-
-        def mine(groups: list[list[int]]) -> dist.ProcessGroup:
-            """Create all the groups, return the one that holds this rank."""
-            made = [(ranks, dist.new_group(ranks)) for ranks in groups]
-            return next((group for ranks, group in made if rank in ranks), None)
-
-        dp_ranks = [[at(s, d, e) for s in like for d in range(p.edp) for e in range(p.ep)] for like in alike]
-        experts = [[at(s, d, e) for s in like for d in range(p.edp)] for like in alike for e in range(p.ep)]
-        columns = [[at(s, d, e) for s in range(p.pp)] for d in range(p.edp) for e in range(p.ep)]
-        ep_ranks = [[at(s, d, e) for e in range(p.ep)] for s in range(p.pp) for d in range(p.edp)]
-        ends = sorted({rank for placement in placements for rank in (placement[0], placement[-1])})
-        apart = not any({0, len(placements[0]) - 1} <= set(held[s]) for s in ends)  # nobody has both
+        parts = partitions(p, embeds_at_head=embeds_at_head, gpus_per_node=gpus_per_node)
+        groups = {name: world.part(name, ranks, timeout_s=timeout_s) for name, ranks in parts.items()}
         return cls(
             parallel=p,
             rank=rank,
@@ -93,14 +82,56 @@ class Mesh:
             edp_rank=edp_rank,
             ep_rank=ep_rank,
             placements=placements,
-            legs=legs,
-            column=columns[edp_rank * p.ep + ep_rank],
-            dense=mine(_distinct(dp_ranks)),
-            expert=mine(_distinct(experts)),
-            ep={name: mine(groups) for name, groups in exchange_groups(p, ep_ranks, gpus_per_node).items()},
-            flows={(kind, way, leg): mine(columns) for kind in "FB" for way, own in enumerate(legs) for leg in sorted(set(own))},
-            embed=mine([[rank for s in ends for rank in dp_ranks[s]]]) if embeds_at_head and apart else None,
+            legs=[boundary_legs(placement) for placement in placements],
+            column=[(s * p.edp + edp_rank) * p.ep + ep_rank for s in range(p.pp)],
+            dense=groups["dense"],
+            expert=groups["expert"],
+            ep={name.removeprefix("ep "): group for name, group in groups.items() if name.startswith("ep ")},
+            flows={flow: groups[_name(flow)] for flow in _flows(placements) if _name(flow) in groups},
+            embed=groups.get("embedding"),
         )
+
+    def close(self) -> None:
+        """Collective: give the groups back."""
+        for group in (self.dense, self.expert, *self.ep.values(), *self.flows.values(), self.embed):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+def partitions(p: ParallelConfig, *, embeds_at_head: bool = False, gpus_per_node: int = 1) -> dict[str, list[list[int]]]:
+    """Every group of the world, by name, as lists of ranks in order. Under a name, no rank is in two of them.
+
+    None is made for what never leaves a rank; but weights always have groups, of one rank perhaps: their owners are found by them.
+    """
+    at = lambda s, d, e: (s * p.edp + d) * p.ep + e
+    stages, replicas, experts = range(p.pp), range(p.edp), range(p.ep)
+    placements = SCHEDULES[p.schedule].place(p.pp, p.chunks)
+    held = [held_stages(placements, s) for s in stages]
+    alike = [[s for s in stages if held[s] == mine] for mine in held]  # by pipeline rank: those that hold the same stages
+    dp_ranks = [[at(s, d, e) for s in like for d in replicas for e in experts] for like in alike]
+    ep_ranks = [[at(s, d, e) for e in experts] for s in stages for d in replicas]
+    parts = {
+        "dense": _distinct(dp_ranks),
+        "expert": _distinct([[at(s, d, e) for s in like for d in replicas] for like in alike for e in experts]),
+    }
+    parts |= {f"ep {name}": groups for name, groups in exchange_groups(p, ep_ranks, gpus_per_node).items()}
+    if p.pp > 1:
+        columns = [[at(s, d, e) for s in stages] for d in replicas for e in experts]
+        parts |= {_name(flow): columns for flow in _flows(placements)}
+    ends = sorted({rank for placement in placements for rank in (placement[0], placement[-1])})
+    apart = not any({0, len(placements[0]) - 1} <= set(held[s]) for s in ends)  # nobody has both
+    if embeds_at_head and apart:
+        parts["embedding"] = [[rank for s in ends for rank in dp_ranks[s]]]
+    return parts
+
+
+def _flows(placements: Sequence[Sequence[int]]) -> list[Flow]:
+    return [(kind, way, leg) for kind in "FB" for way, own in enumerate(placements) for leg in sorted(set(boundary_legs(own)))]
+
+
+def _name(flow: Flow) -> str:
+    kind, direction, leg = flow
+    return f"pp {kind}{direction} leg {leg}"
 
 
 def held_stages(placements: Sequence[Sequence[int]], pp_rank: int) -> list[int]:

@@ -132,7 +132,7 @@ class _Watched:
     def __init__(self, work: Work, span: list, clock: "_HostClock | _DeviceClock", *, told: bool, sending: bool = False):
         self.work, self.span, self.clock, self.sending = work, span, clock, sending
         # On gloo the callback runs in its thread when the bytes are there; on NCCL at once, on a stream that follows the collective.
-        self.moment = work.get_future().then(lambda _: clock.now()) if told and isinstance(work, dist.Work) else None
+        self.moment = work.get_future().then(lambda _: clock.now()) if told and hasattr(work, "get_future") else None
 
     def wait(self) -> Any:
         result = self.work.wait()

@@ -1,10 +1,12 @@
 """How bytes leave a rank: the calls that dispatchers and the executor make. Reductions do not pass here."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
+
+from . import world
 
 
 class Work(Protocol):
@@ -13,6 +15,29 @@ class Work(Protocol):
     def is_completed(self) -> bool:
         """Not before it is over; perhaps not until it has been waited for."""
         ...
+
+
+class CollectiveLost(RuntimeError):
+    """Others did not take part in time, or are gone. The message says in what."""
+
+
+class Named:
+    """A work of torch's that says, if it fails, what it was. torch's own error says how long it waited, and no more."""
+
+    def __init__(self, work: dist.Work, what: str, group: dist.ProcessGroup | None):
+        self.work, self.what, self.group = work, what, group
+
+    def wait(self) -> Any:
+        try:
+            return self.work.wait()
+        except RuntimeError as error:
+            raise CollectiveLost(f"{self.what} over {world.title(self.group)}: {error}") from error
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+    def get_future(self) -> Any:
+        return self.work.get_future()
 
 
 class Transport:
@@ -28,14 +53,14 @@ class Transport:
         sent: Sequence[int] | None = None,
     ) -> Work:
         """Shares of `rows` to each rank of the group, of each into `out`; `received`, `sent`: rows per peer, None for equal shares."""
-        return dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
+        return Named(dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True), "all-to-all", group)
 
     def isend(self, tensor: Tensor, rank: int, group: dist.ProcessGroup) -> Work:
         """To a global rank. `tensor` is contiguous."""
-        return dist.isend(tensor, rank, group=group)
+        return Named(dist.isend(tensor, rank, group=group), f"send to rank {rank}", group)
 
     def irecv(self, tensor: Tensor, rank: int, group: dist.ProcessGroup) -> Work:
-        return dist.irecv(tensor, rank, group=group)
+        return Named(dist.irecv(tensor, rank, group=group), f"receive from rank {rank}", group)
 
 
 DIRECT = Transport()  # has no state

@@ -87,8 +87,13 @@ class Engine:
         transport: Transport = DIRECT,
     ):
         self.config, self.device, self.watch, self.transport = config, torch.device(device), watch or Watch(), transport
-        embeds_at_head, gpus_per_node = config.model.embeds_at_head, config.cluster.gpus_per_node
-        self.mesh = mesh or Mesh.create(config.parallel, dist.get_rank(), embeds_at_head=embeds_at_head, gpus_per_node=gpus_per_node)
+        self.mesh = mesh or Mesh.create(
+            config.parallel,
+            dist.get_rank(),
+            embeds_at_head=config.model.embeds_at_head,
+            gpus_per_node=config.cluster.gpus_per_node,
+            timeout_s=config.launch.timeout_s,
+        )
         self.dtype = DTYPES[config.precision.compute]
         store = WeightGradStore()
         fp8 = Fp8Linears(casts=WeightCache(), store=store) if config.precision.linear == "fp8" else None

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..parallel import world
 from ..parallel.executor import Executor
 from ..parallel.trace import Recorder, Tracer, write_trace
 from ..parallel.trace_measure import measure
@@ -17,7 +18,7 @@ class Traces:
     def __init__(self, folder: Path, interval: int, device: torch.device):
         self.folder, self.interval = folder, interval
         self.recorder = Recorder(dist.get_rank(), device) if interval else None
-        self.group = dist.new_group(backend="gloo") if interval else None  # GPUs' own would carry spans over the link that is measured
+        self.group = world.on_hosts("traces") if interval else None  # GPUs' own would carry spans over the link that is measured
 
     def due(self, step: int) -> bool:
         return bool(self.interval) and step % self.interval == 0

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ..conf.compose import to_yaml
 from ..conf.phases import Phase, num_steps, num_tokens, phase_at, phases
 from ..conf.schema import Config, ConfigError
+from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
 from . import cost, metrics, units
 from .checkpoint.checkpointer import Checkpointer, find_latest, read_extra
@@ -104,7 +105,7 @@ class _Session:
             self.run_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             async_save=config.checkpoint.async_save,
-            group=dist.new_group(backend="gloo"),
+            group=world.on_hosts("checkpoints"),
         )
         self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device)
         self.progress, self.part = Progress(), None
@@ -150,7 +151,10 @@ class _Session:
         begins = self.part is None
         if not begins:
             before = self.phase.config
-            mesh = self.part.engine.mesh if before.parallel == c.parallel else None
+            if before.parallel == c.parallel:
+                mesh = self.part.engine.mesh
+            else:
+                self.part.engine.mesh.close()
             self.part = None  # its weights go before the next are made
             gc.collect()  # stages and their phases hold one another
         corpus = open_corpus(c.data, vocab_size=c.model.vocab_size, seed=c.train.seed, extra=c.model.mtp_depth, log=self.log)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...conf.schema import OptimConfig
 from .._torch import all_gather, reduce_scatter
+from ..transport import Named
 from .host import HostLink
 from .updates import adamw_, muon_, orthogonal_cost
 from .zero import Chunk, ShardedOptimizer, Spec, grad_dtype, in_collective_order
@@ -79,7 +80,7 @@ class WholeOptimizer(ShardedOptimizer):
             self._in_one_call = self._device().type != "cpu"
         self._link = HostLink(self._device()) if self.optim.offload else None
         self._pieces: list[_Piece] = []
-        self._pending: list[dist.Work] = []
+        self._pending: list[Named] = []
         keyed: dict[tuple, list[Spec]] = {}
         for s in specs:
             keyed.setdefault((s.group, s.stage, s.param.dtype, s.matrices == ()), []).append(s)
@@ -120,7 +121,8 @@ class WholeOptimizer(ShardedOptimizer):
         for b in self._buffers:
             if b.stage in stages:
                 if b.even and self._in_one_call:
-                    self._pending.append(reduce_scatter(b.grads[b.owned], b.grads, group=b.group, async_op=True))
+                    work = reduce_scatter(b.grads[b.owned], b.grads, group=b.group, async_op=True)
+                    self._pending.append(Named(work, "reduction of gradients", b.group))
                 else:
                     self._each_owner(b, b.grads, dist.reduce, "group_dst")
 
@@ -128,7 +130,8 @@ class WholeOptimizer(ShardedOptimizer):
         for rank in range(len(buffer.cuts) - 1):
             part = tensor[buffer.range_of(rank)]
             if len(part):
-                self._pending.append(collective(part, group=buffer.group, async_op=True, **{end: rank}))
+                work = collective(part, group=buffer.group, async_op=True, **{end: rank})
+                self._pending.append(Named(work, f"{collective.__name__} of rank {rank}'s share", buffer.group))
 
     def _wait(self):
         while self._pending:
@@ -181,7 +184,8 @@ class WholeOptimizer(ShardedOptimizer):
         """Owned weights to every replica."""
         for b in self._buffers:
             if b.even and self._in_one_call:
-                self._pending.append(all_gather(b.weights, b.weights[b.owned], group=b.group, async_op=True))
+                work = all_gather(b.weights, b.weights[b.owned], group=b.group, async_op=True)
+                self._pending.append(Named(work, "gathering of weights", b.group))
             else:
                 self._each_owner(b, b.weights, dist.broadcast, "group_src")
         self._wait()

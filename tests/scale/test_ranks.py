@@ -18,7 +18,7 @@ from shoestring.conf.compose import load
 from shoestring.conf.phases import phases
 from shoestring.conf.schema import ParallelConfig
 from shoestring.kernels.ops import Ops
-from shoestring.parallel.groups import Mesh
+from shoestring.parallel.groups import Mesh, partitions
 from shoestring.parallel.optimizer.whole import WholeOptimizer
 from shoestring.parallel.schedule import SCHEDULES, validate
 from shoestring.train import cost
@@ -58,7 +58,7 @@ class World:
     def play(self, rank):
         self.rank, self.calls = rank, 0
 
-    def new_group(self, ranks):
+    def new_group(self, ranks, *, timeout, group_desc, pg_options):
         if self.calls == len(self.made):
             assert self.rank == 0, f"rank {self.rank} makes more groups than rank 0"
             self.made.append(Group(self.calls, ranks, frozenset(ranks)))
@@ -73,6 +73,7 @@ def world():
     w = World(size=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "new_group", w.new_group)
+        patch.setattr(dist.group, "WORLD", SimpleNamespace(bound_device_id=None))
         patch.setattr(dist, "get_world_size", lambda group=None: w.size if group is None else len(group.ranks))
         patch.setattr(dist, "get_rank", lambda group=None: w.rank if group is None else group.ranks.index(w.rank))
         patch.setattr(dist, "get_process_group_ranks", lambda group: list(group.ranks))
@@ -115,7 +116,7 @@ def test_every_rank_is_in_the_groups_that_its_coordinates_say(world, published, 
         assert mesh.expert.ranks == grid[s, :, e].tolist()
         assert mesh.column == grid[:, d, e].tolist()
         assert [g.ranks for g in mesh.ep.values()] == [grid[s, d].tolist()] * (2 if p.ep > 1 else 0)
-        assert all(g.ranks == mesh.column for g in mesh.flows.values())
+        assert all(g.ranks == mesh.column for g in mesh.flows.values()) and bool(mesh.flows) == (p.pp > 1)
         held = {"dense": mesh.dense, "expert": mesh.expert, **mesh.ep, **mesh.flows}
         assert len({g.number for g in held.values()}) == len(held), "two purposes share a communicator"
         assert (mesh.embed is not None) == (len(ends) == 2 and s in ends)
@@ -150,10 +151,36 @@ def test_flows_link_the_ranks_of_neighbouring_stages(world, layout):
             links[out.number].add(pair)
 
 
-def test_how_many_groups_2048_ranks_make(world):
-    """16 dense + 1,024 expert + 2 x 32 exchanges + 2 x 128 pipelines + 1 embedding. A rank is in eight; NCCL has it attend to all."""
-    p = ParallelConfig(**PUBLISHED)
-    meshes(world, p, [0])
+#  schedule, chunks, pipeline flows of a rank (F and B, per direction, per leg), whether the ends of the pipeline are different ranks
+FLOWS = [
+    ("1f1b", 1, 2, True),
+    ("interleaved_1f1b", 2, 4, True),
+    ("zbv", 2, 4, False),
+    ("dualpipev", 2, 4, False),
+    ("dualpipe", 1, 4, False),
+]
+
+
+@pytest.mark.parametrize("dispatcher, exchanges", [("alltoall", 2), ("hierarchical", 5)])  # F, B; counts, and both across and inside
+@pytest.mark.parametrize("schedule, chunks, flows, apart", FLOWS, ids=lambda v: str(v))
+def test_how_many_groups_2048_ranks_make(dispatcher, exchanges, schedule, chunks, flows, apart):
+    """With NCCL, a name of a partition is one collective call of the world, and at most one communicator of a rank: twelve at most."""
+    p = ParallelConfig(**PUBLISHED | {"schedule": schedule, "chunks": chunks, "dispatcher": dispatcher})
+    parts = partitions(p, embeds_at_head=True, gpus_per_node=8)
+    assert len(parts) == 2 + exchanges + flows + apart <= 12
+    in_how_many = defaultdict(int)
+    for name, groups in parts.items():
+        ranks = sorted(itertools.chain(*groups))
+        assert ranks == sorted(set(ranks)), f"{name}: a rank is in two groups"
+        assert name == "embedding" or ranks == list(range(2048))
+        for rank in ranks:
+            in_how_many[rank] += 1
+    assert set(in_how_many.values()) == ({len(parts), len(parts) - 1} if apart else {len(parts)})
+
+
+def test_how_many_groups_the_published_layout_makes(world):
+    """16 dense + 1,024 expert + 2 x 32 exchanges + 2 x 128 pipelines + 1 embedding, which is what gloo is asked for."""
+    meshes(world, ParallelConfig(**PUBLISHED), [0])
     assert len(world.made) == 16 + 1024 + 2 * 32 + 2 * 128 + 1
     of_rank = [sum(rank in g.members for g in world.made) for rank in (0, 1000)]
     assert of_rank == [1 + 1 + 2 + 2 + 1, 1 + 1 + 2 + 2]

@@ -1,0 +1,80 @@
+"""What a rank had begun when it lost the others: a file per rank, and from all of them who is missing where.
+
+    flight/rank_3.json   error         what ended this rank, with the lines that led there
+                         groups        of each that it is in: name, ranks, how many collectives it has begun, and the last one's name
+                         collectives   the last ones begun, oldest first
+                         stacks        of every thread
+
+Torch's flight recorder counts collectives. Of a pipeline's sends over gloo it knows nothing: those are named in the error alone.
+"""
+
+import json
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ._torch import flight_entries, own_groups
+
+KEPT = 200  # collectives
+
+
+def write_flight(folder: Path, error: BaseException | None = None) -> Path:
+    """This rank's file. To be called before the world is left or aborted."""
+    rank = dist.get_rank()
+    entries = flight_entries()
+    document = {
+        "rank": rank,
+        "time": time.time(),
+        "error": traceback.format_exception(error) if error else [],
+        "groups": [_group(name, group, entries) for name, group in own_groups()],
+        "collectives": [_collective(e) for e in entries[-KEPT:]],
+        "stacks": _stacks(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{rank}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _group(name: str, group: dist.ProcessGroup, entries: list[dict]) -> dict:
+    of_group = [e for e in entries if e["process_group"][0] == name and not e.get("is_p2p")]
+    of_group = [e for e in of_group if e["pg_id"] == of_group[-1]["pg_id"]]  # not those of an earlier world, whose names come again
+    last = of_group[-1] if of_group else None
+    return {
+        "name": group.group_desc,
+        "ranks": dist.get_process_group_ranks(group),
+        "begun": last["collective_seq_id"] if last else 0,
+        "last": last["profiling_name"] if last else None,
+    }
+
+
+def _collective(e: dict) -> dict:
+    return {"group": e["process_group"][1], "what": e["profiling_name"], "number": e["collective_seq_id"], "sizes": e["input_sizes"]}
+
+
+def _stacks() -> dict[str, list[str]]:
+    names = {t.ident: t.name for t in threading.enumerate()}
+    return {names.get(ident, str(ident)): traceback.format_stack(frame) for ident, frame in sys._current_frames().items()}
+
+
+def who_is_missing(folder: Path) -> list[str]:
+    """By the files of a folder: a line for each group whose ranks have not all begun as many collectives, and one for ranks without a file."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank_*.json"))]
+    groups: dict[tuple, dict[int, dict]] = {}
+    for file in files:
+        for g in file["groups"]:
+            groups.setdefault((g["name"], *g["ranks"]), {})[file["rank"]] = g
+    lines = [_behind(name, ranks, seen) for (name, *ranks), seen in groups.items()]
+    silent = sorted({rank for _, *ranks in groups for rank in ranks} - {file["rank"] for file in files})
+    return [line for line in lines if line] + ([f"no word from ranks {' '.join(map(str, silent))}"] if silent else [])
+
+
+def _behind(name: str, ranks: list[int], seen: dict[int, dict]) -> str:
+    ahead = max(seen.values(), key=lambda g: g["begun"])
+    behind = [f"rank {rank} has begun {g['begun']}" for rank, g in sorted(seen.items()) if g["begun"] < ahead["begun"]]
+    of = f'"{name}" (ranks {" ".join(map(str, ranks))}): collective {ahead["begun"]}, {ahead["last"]}'
+    return f"{of}: {', '.join(behind)}" if behind else ""
