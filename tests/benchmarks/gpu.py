@@ -3,6 +3,7 @@
     data      the text that is trained on, tokenised
     correct   every kernel on DeepSeek-V3's shapes against FP64, no times
     bench     times, ceilings, peers
+    overlap   what the executor costs, and how much it hides of exchanges with itself (`gpu_overlap.py`)
     tune      every configuration of the kernels that have several: which wins, per shape
     step      a cut-down DeepSeek-V3 trained in bf16 and in fp8
     profile   where one such step's time goes, by torch.profiler
@@ -66,6 +67,7 @@ def parts(out: Path, *, gpu: bool) -> list[Part]:
             command=[*bench, "step", *words, "--steps", "16", "--limit", "105", "--out", str(out / "runs"), *files("step")],
             limit_s=215,
         ),
+        Part(name="overlap", command=[sys.executable, str(Path(__file__).with_name("gpu_overlap.py")), str(out), *words], limit_s=120),
         Part(name="tune", command=[*bench, "kernels", "--tune", "--only", TUNED, *files("tune")], limit_s=180),
         Part(name="profile", command=[sys.executable, __file__, str(out), "--profile", *words], limit_s=90),
     ]

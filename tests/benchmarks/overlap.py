@@ -1,10 +1,12 @@
 """How much communication lies under compute, and how long ranks idle: `python tests/benchmarks/overlap.py [options]`.
 
-Three measurements of the real executor on forked ranks (gloo) of this host, each from traces of whole steps:
+Four measurements of the real executor on forked ranks (gloo) of this host, each from traces of whole steps:
 
     paced    4 ranks, pp 2 x ep 2: compute phases and exchanges last a given time around tiny real ones, so that few cores suffice
     real     2 ranks, ep 2, one core each: real compute, and links on which the exchanges take as long as it does
     bubbles  4 ranks, every schedule, equal chunks: idle share and makespan, beside what `parallel/timeline.py` simulates
+    nodes    4 and 8 ranks in nodes of two, slow links between them: the same routing under `alltoall` and `hierarchical`, and what of
+             each lies under paced compute
 
 Prints tables; --json keeps every number; --page writes docs/overlap.md with a picture of one step. Nothing is asserted.
 """
@@ -15,7 +17,8 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +50,11 @@ PACES = {
 CHUNK = {(phase, kind): 1 for phase in ("attention", "experts") for kind in "FBW"}  # F = I = W = 2, B = 4
 EXCHANGES = ("dispatch", "combine")
 MODES = ("no latency", "overlap", "no overlap")
+PARTS = ("paced", "real", "bubbles", "nodes")
+# Of `nodes`: so slow that an exchange takes many times what forked ranks need to hand a message on, even if others use their cores.
+LINKS = {"intra": Link(latency=2e-4, bandwidth=2e6, packet=4096), "inter": Link(latency=1e-3, bandwidth=2.5e5, packet=4096)}
+PER_NODE = 2
+DISPATCHERS = ("alltoall", "hierarchical")
 
 
 def main() -> None:
@@ -60,6 +68,8 @@ def main() -> None:
         results["real"] = real(options)
     if "bubbles" in options.parts:
         results["bubbles"] = bubbles(options)
+    if "nodes" in options.parts:
+        results["nodes"] = nodes(options)
     print(f"{results['setting']}\n\n" + "\n\n".join(tables(results).values()))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -69,7 +79,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=("paced", "real", "bubbles"), default=["paced", "real", "bubbles"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--micro-batches", type=int, default=64, help="of a step of `paced` and `real` (default 64)")
     parser.add_argument("--slot-ms", type=float, default=20.0, help="of `paced` and `bubbles` (default 20)")
     parser.add_argument("--runs", type=int, default=5, help="interleaved, of everything (default 5)")
@@ -91,7 +101,8 @@ def setting(options: argparse.Namespace) -> str:
 
 
 def command(options: argparse.Namespace) -> str:
-    chosen = ["--micro-batches", str(options.micro_batches), "--slot-ms", f"{options.slot_ms:g}", "--runs", str(options.runs)]
+    chosen = ["--parts", *options.parts] if set(options.parts) < set(PARTS) else []
+    chosen += ["--micro-batches", str(options.micro_batches), "--slot-ms", f"{options.slot_ms:g}", "--runs", str(options.runs)]
     return shlex.join([*chosen, "--page", str(options.page)])
 
 
@@ -126,17 +137,27 @@ def even_choice(config: Config):
     return choose
 
 
-def batches(config: Config) -> list[MicroBatch]:
+def limited_choice(config: Config):
+    """`MicroBatch.choose`: the router's own choice from random scores, alike under every dispatcher."""
+
+    def choose(layer, select, score_TE):
+        generator = torch.Generator().manual_seed(1000 * layer + dist.get_rank())
+        return select(torch.rand(score_TE.shape, generator=generator, dtype=score_TE.dtype))
+
+    return choose
+
+
+def batches(config: Config, choice: Callable) -> list[MicroBatch]:
     size = config.train.micro_batch_sequences, config.data.seq_len + 1
     rows = torch.randint(config.model.vocab_size, size, generator=torch.Generator().manual_seed(dist.get_rank()))
-    one = MicroBatch(tokens_BS=rows[:, :-1], targets_BN=rows[:, 1:], counted=False, choose=even_choice(config))
+    one = MicroBatch(tokens_BS=rows[:, :-1], targets_BN=rows[:, 1:], counted=False, choose=choice(config))
     return [one] * config.num_micro_batches
 
 
-def traced(engine: Engine, tracer: Recorder, seen_by: Tracer) -> list[Span] | None:
+def traced(engine: Engine, tracer: Recorder, seen_by: Tracer, choice: Callable = even_choice) -> list[Span] | None:
     """One step's spans, on rank 0."""
     engine.executor.tracer = seen_by
-    mine = batches(engine.config)
+    mine = batches(engine.config, choice)
     tracer.begin()
     engine.executor.step(mine)
     return tracer.finish()
@@ -243,6 +264,73 @@ def bubble_rank(name: str, pp: int, chunks: int, num: int, slot: float, runs: in
     pace = Pace(tracer, {key: slot * slots for key, slots in CHUNK.items()})
     steps = [traced(engine, tracer, pace) for _ in range(runs)]
     return [numbers(spans) for spans in steps if spans]
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def nodes(options: argparse.Namespace) -> dict:
+    """ "exchanges": a row per layout, payload and dispatcher; "pairs": {dispatcher: {mode: runs}}."""
+    exchanges = [row for num in (2, 4) for row in fork_ranks(num * PER_NODE, node_rank, num, options.runs, timeout_s=3600)[0]]
+    return {"exchanges": exchanges, "pairs": fork_ranks(4, pairs_rank, options.slot_ms / 1e3, options.runs, timeout_s=3600)[0]}
+
+
+def on_nodes(words: str, *, num_nodes: int, dispatcher: str, micro_batches: int) -> tuple[Engine, Fabric]:
+    """Tokens go to at most two nodes, which is what groups of experts are here."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    fabric = Fabric(rank, [r // PER_NODE for r in range(world)], intra=LINKS["intra"], inter=LINKS["inter"])
+    words += f" parallel.ep={world} parallel.dispatcher={dispatcher} cluster.gpus_per_node={PER_NODE} model.dim=256"
+    words += f" model.num_groups={num_nodes} model.num_limited_groups=2"
+    return Engine(configured(words, micro_batches=micro_batches), transport=fabric), fabric
+
+
+def sent(engine: Engine, fabric: Fabric, tracer: Recorder, seen_by: Tracer) -> tuple[list[Span] | None, dict[str, int]]:
+    """A step's spans, on rank 0, and the bytes of all ranks over each kind of link."""
+    before = fabric.sent_bytes
+    spans = traced(engine, tracer, seen_by, limited_choice)
+    total = torch.tensor([fabric.sent_bytes[kind] - before[kind] for kind in LINKS])
+    dist.all_reduce(total)
+    return spans, dict(zip(LINKS, total.tolist()))
+
+
+def node_rank(num_nodes: int, runs: int) -> list[dict]:
+    """One block, nothing overlapped: what an exchange takes."""
+    tracer, cases = Recorder(dist.get_rank()), []
+    for payload, dispatcher in ((payload, dispatcher) for payload in ("bf16", "fp8") for dispatcher in DISPATCHERS):
+        engine, fabric = on_nodes(
+            f"precision={payload} data.seq_len=256 model.max_seq_len=256", num_nodes=num_nodes, dispatcher=dispatcher, micro_batches=1
+        )
+        cases.append(({"nodes": num_nodes, "payload": payload, "dispatcher": dispatcher, "runs": []}, engine, fabric))
+    for i in range(runs + 1):  # the first is for warming up
+        for row, engine, fabric in cases:
+            spans, num_bytes = sent(engine, fabric, tracer, NoOverlap(tracer, {}))
+            if spans and i:
+                row["runs"].append(numbers(spans) | num_bytes)
+    return [row for row, _, _ in cases]
+
+
+def pairs_rank(slot: float, runs: int) -> dict[str, dict[str, list]]:
+    """{dispatcher: {mode: runs}}: compute in even slots, and links on which an exchange takes one."""
+    tracer, num, cases = Recorder(dist.get_rank()), 8, []
+    compute = {key: slot * slots for key, slots in PACES["even"].items() if key[0] not in EXCHANGES}
+    for dispatcher in DISPATCHERS:
+        words = "parallel.schedule=dualpipev parallel.chunks=2 data.seq_len=64"
+        engine, fabric = on_nodes(words, num_nodes=2, dispatcher=dispatcher, micro_batches=num)
+        _, num_bytes = sent(engine, fabric, tracer, tracer)
+        # Two legs follow each other; one exchange uses both kinds of links at once, and is as long as the slower.
+        ratio = LINKS["intra"].bandwidth / LINKS["inter"].bandwidth
+        load = num_bytes["inter"] + (num_bytes["intra"] / ratio if dispatcher == "hierarchical" else 0)
+        bandwidth = load / (4 * 2 * num * 4) / slot  # ranks, stages, micro-batches; there and back, forward and backward
+        links = {"intra": replace(LINKS["intra"], bandwidth=bandwidth * ratio), "inter": replace(LINKS["inter"], bandwidth=bandwidth)}
+        cases.append((dispatcher, engine, fabric, links))
+    found = {dispatcher: {mode: [] for mode in MODES} for dispatcher in DISPATCHERS}
+    for _, mode, (dispatcher, engine, fabric, links) in ((i, mode, case) for i in range(runs) for mode in MODES for case in cases):
+        for kind, port in fabric.ports.items():
+            port.link = Link() if mode == "no latency" else links[kind]
+        spans = traced(engine, tracer, (NoOverlap if mode == "no overlap" else Pace)(tracer, compute), limited_choice)
+        if spans:
+            found[dispatcher][mode].append(numbers(spans))
+    return found
 
 
 if __name__ == "__main__":

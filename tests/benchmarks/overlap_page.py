@@ -29,15 +29,19 @@ def tables(results: dict) -> dict[str, str]:
         made["real"] = overlap_table({mode: (results["real"], mode) for mode in results["real"]})
     if "bubbles" in results:
         made["bubbles"] = bubble_table(results["bubbles"])
+    if "nodes" in results:
+        made["nodes"] = node_table(results["nodes"]["exchanges"])
+        pairs = results["nodes"]["pairs"]
+        made["pairs"] = overlap_table({f"{name}, {mode}": (modes, mode) for name, modes in pairs.items() for mode in modes})
     return made
 
 
 def overlap_table(rows: dict[str, tuple[dict[str, list[dict]], str]]) -> str:
     """`rows`: by name, the runs of each mode, and which of them is meant."""
-    lines = [f"{'':<18}{'step s':>26} {'x no latency':>13} {'hidden in pairs, %':>22} {'hidden in step, %':>22} {'in pairs, %':>12}"]
+    lines = [f"{'':<26}{'step s':>26} {'x no latency':>13} {'hidden in pairs, %':>22} {'hidden in step, %':>22} {'in pairs, %':>12}"]
     for name, (modes, mode) in rows.items():
         runs = modes[mode]
-        line = f"{name:<18}{spread(runs, lambda r: r['seconds'], '.3f'):>26} "
+        line = f"{name:<26}{spread(runs, lambda r: r['seconds'], '.3f'):>26} "
         line += f"{middle(runs, 'seconds') / middle(modes['no latency'], 'seconds'):>13.2f}"
         if mode != "no latency":
             line += "".join(f" {spread(runs, lambda r, k=key: 100 * (r[k] or 0), '.1f'):>22}" for key in ("hidden_in_pairs", "hidden"))
@@ -56,6 +60,21 @@ def bubble_table(rows: list[dict]) -> str:
             f"{spread(runs, lambda r: r['seconds'], '.3f'):>24} {100 * simulated['bubble']:>12.1f} "
             f"{spread(runs, lambda r: 100 * r['bubble'], '.1f'):>21} {apart:>+6.1f}"
         )
+    return "\n".join(lines)
+
+
+def node_table(rows: list[dict]) -> str:
+    """Of each layout and payload, every dispatcher beside the first."""
+    head = f"{'nodes':<7}{'payload':<9}{'dispatcher':<14}{'between nodes, MB':>18} {'inside, MB':>11}"
+    lines = [f"{head} {'exchanging s':>23} {'x':>5} {'step s':>23} {'x':>5}"]
+    for row in rows:
+        runs = row["runs"]
+        first = next(r["runs"] for r in rows if (r["nodes"], r["payload"]) == (row["nodes"], row["payload"]))
+        line = f"{row['nodes']} x 2  {row['payload']:<9}{row['dispatcher']:<14}{middle(runs, 'inter') / 1e6:>18.3f} "
+        line += f"{middle(runs, 'intra') / 1e6:>11.3f}"
+        for name in ("comm", "seconds"):
+            line += f" {spread(runs, lambda r, k=name: r[k], '.3f'):>23} {middle(first, name) / middle(runs, name):>5.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 

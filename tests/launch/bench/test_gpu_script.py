@@ -47,7 +47,7 @@ def test_when_the_time_is_over_the_rest_is_late(script, tmp_path):
 def test_parts_are_commands_that_exist(script, tmp_path):
     """Limits leave each part its turn in ten minutes, the first four whatever happens; without a GPU a small model is named."""
     on_gpu, on_cpu = script.parts(tmp_path, gpu=True), script.parts(tmp_path, gpu=False)
-    assert [part.name for part in on_gpu] == ["data", "correct", "bench", "step", "tune", "profile"]
+    assert [part.name for part in on_gpu] == ["data", "correct", "bench", "step", "overlap", "tune", "profile"]
     assert sum(part.limit_s for part in on_gpu[:4]) <= 600
     for part in (*on_gpu, *on_cpu):
         words = part.command[part.command.index("bench") :] if "bench" in part.command else None
