@@ -46,6 +46,10 @@ SETTINGS = (
     f"train.global_batch_tokens={BATCH_TOKENS}", f"train.micro_batch_sequences={BATCH_TOKENS // SEQ_LEN}",
     "checkpoint.keep_last=1", "launch.log_interval=50",
 )  # fmt: skip
+WIDTHS: dict[int, tuple[str, ...]] = {  # the wider has as many active parameters as may be: 0.9 M
+    128: (),
+    256: ("model.dim=256", "model.dense_hidden_dim=256", "model.init_std=0.042"),
+}
 AIM = 0.25  # per cent
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided 95 %, by degrees of freedom from 1
 BEGIN, END = "<!-- fp8_vs_bf16.py writes from here -->", "<!-- to here -->"
@@ -83,6 +87,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500, help=f"of each run, of {BATCH_TOKENS} tokens (default 500)")
+    parser.add_argument("--width", type=int, default=256, choices=WIDTHS, help="dim of the model (default 256)")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, len(T_975) + 2), help="of three runs each (default 5)")
     parser.add_argument(
         "--held-out", type=int, default=1792, metavar="N", help=f"sequences of {SEQ_LEN} tokens to evaluate on (default 1792)"
@@ -117,7 +122,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> Curve:
     """One run to its end, from its newest checkpoint if it has one. Exits with what is wrong where the run fails."""
     steps, every = options.steps, options.steps // EVALUATIONS
     words = [
-        *SETTINGS, f"precision={ARMS[name].precision}", f"train.steps={steps}", f"train.eval_interval={every}",
+        *SETTINGS, *WIDTHS[options.width], f"precision={ARMS[name].precision}", f"train.steps={steps}", f"train.eval_interval={every}",
         f"checkpoint.interval={max(1, every // 2)}", f"optim.warmup_steps={min(100, steps // 4)}", f"train.seed={seed}",
         f"train.eval_sequences={options.held_out}",
     ]  # fmt: skip
@@ -256,7 +261,7 @@ def verdict(runs: Runs) -> str:
 
 def setting(options: argparse.Namespace) -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("shoestring", "torch"))
-    params = cost.num_params(load(SETTINGS).model)
+    params = cost.num_params(load([*SETTINGS, *WIDTHS[options.width]]).model)
     return (
         f"{datetime.date.today()}  python {platform.python_version()}, {libraries}\n"
         f"{params.total / 1e6:.2f} M parameters, {params.active / 1e6:.2f} M active; {options.steps} steps of {BATCH_TOKENS} tokens: "
@@ -279,14 +284,14 @@ def write_page(options: argparse.Namespace, runs: Runs, measured: str) -> None:
     ends = {name: {"per_cent": at_end(runs, name), **asdict(interval(at_end(runs, name)))} for name in ARMS if name != "bf16"}
     data = {
         "date": f"{datetime.date.today()}",
-        "settings": SETTINGS,
+        "settings": [*SETTINGS, *WIDTHS[options.width]],
         "steps": options.steps,
         "aim_per_cent": AIM,
         "at_end": ends,
         "runs": runs,
     }
     replace_file(picture.with_suffix(".json"), json.dumps(data, indent=1) + "\n")
-    words = f"--steps {options.steps} --seeds {options.seeds} --held-out {options.held_out} --page {options.page}"
+    words = f"--width {options.width} --steps {options.steps} --seeds {options.seeds} --held-out {options.held_out} --page {options.page}"
     command = f"python tests/benchmarks/fp8_vs_bf16.py {words}"
     image = f"![Held-out loss, and difference to BF16, over tokens]({picture.name})"
     legend = (

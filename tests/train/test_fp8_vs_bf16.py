@@ -74,10 +74,11 @@ def test_the_verdict_says_when_the_interval_is_wider_than_the_aim(script, fp8, s
 # ---------------------------------------------------------------- runs
 
 
-def test_the_model_is_what_was_promised(script):
+@pytest.mark.parametrize("width", [128, 256])
+def test_the_model_is_what_was_promised(script, width):
     """At most 1 M active parameters; every FP8 linear sums over whole blocks of 128, forward."""
-    m = load([*script.SETTINGS, "precision=fp8"]).model
-    assert cost.num_params(m).active <= 1_000_000
+    m = load([*script.SETTINGS, *script.WIDTHS[width], "precision=fp8"]).model
+    assert m.dim == width and cost.num_params(m).active <= 1_000_000
     summed = (m.dim, m.q_lora_rank, m.kv_lora_rank, m.num_heads * m.v_head_dim, m.dense_hidden_dim, m.expert_hidden_dim)
     assert not [width for width in summed if width % 128]
 
@@ -122,7 +123,7 @@ def test_killed_and_called_again(script, tmp_path, monkeypatch):
     """A run that stopped half-way goes on; a complete one is only read. Trained in a forked rank here, instead of a new process."""
     monkeypatch.setattr(script, "SETTINGS", tuple(word for word in TINY if not word.startswith(("precision", "train.eval", "train.steps"))))
     monkeypatch.setattr(script, "EVALUATIONS", 2)
-    options, started, stop_after = argparse.Namespace(out=tmp_path, steps=4, held_out=4), [], [2, 0]
+    options, started, stop_after = argparse.Namespace(out=tmp_path, width=128, steps=4, held_out=4), [], [2, 0]
 
     def run(command, **_):
         started.append(command)
@@ -153,7 +154,7 @@ def test_a_run_whose_program_is_gone_is_not_begun(script, tmp_path, monkeypatch)
 def test_the_page_keeps_what_is_around_the_result(script, tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs the extra `bench`")
     page, runs = tmp_path / "fp8.md", runs_of(fp8=[0.1, 0.2], control=[0.0, 0.1])
-    options = argparse.Namespace(page=page, steps=4, seeds=2, held_out=4)
+    options = argparse.Namespace(page=page, width=128, steps=4, seeds=2, held_out=4)
     page.write_text(f"above\n{script.BEGIN}\nfrom before\n{script.END}\nbelow\n")
     script.write_page(options, runs, "measured")
     once = page.read_text()
