@@ -74,7 +74,8 @@ class Mesh:
         edp_rank, ep_rank = divmod(rest, p.ep)
         placements = SCHEDULES[p.schedule].place(p.pp, p.chunks)
         parts = partitions(p, embeds_at_head=embeds_at_head, gpus_per_node=gpus_per_node)
-        groups = {name: world.part(name, ranks, timeout_s=timeout_s) for name, ranks in parts.items()}
+        most = {name: p.comm_sms if name.startswith("ep ") else 0 for name in parts}
+        groups = {name: world.part(name, ranks, timeout_s=timeout_s, max_ctas=most[name]) for name, ranks in parts.items()}
         return cls(
             parallel=p,
             rank=rank,

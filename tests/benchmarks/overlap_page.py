@@ -78,6 +78,19 @@ def node_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def shown(results: dict) -> str:
+    """A sentence about the table of nodes."""
+    if "nodes" not in results:
+        return ""
+    rows = results["nodes"]["exchanges"]
+    pairs = [(a["runs"], b["runs"]) for a, b in zip(rows[::2], rows[1::2])]
+    bytes_of, times = ([middle(a, name) / middle(b, name) for a, b in pairs] for name in ("inter", "comm"))
+    return (
+        f"\n`hierarchical` sends {min(bytes_of):.1f} to {max(bytes_of):.1f} times fewer bytes between nodes, and its exchanges are "
+        f"{min(times):.2f} to {max(times):.2f} times as fast."
+    )
+
+
 # ---------------------------------------------------------------- picture
 
 
@@ -146,7 +159,7 @@ def label(axes, spans: Sequence[Span], begin: float, end: float) -> None:
 
 def page(results: dict, command: str, picture: str) -> str:
     """docs/overlap.md, whole."""
-    of = dict.fromkeys(("paced", "real", "bubbles"), "not measured yet") | tables(results)
+    of = dict.fromkeys(("paced", "real", "bubbles", "nodes", "pairs"), "not measured yet") | tables(results)
     return f"""\
 # Communication under compute
 
@@ -200,6 +213,31 @@ Four processes, every schedule, chunks of equal length (forward 1, backward 2, h
 ```text
 {of["bubbles"]}
 ```
+
+## Nodes
+
+Nodes of two processes, two nodes and four; all of them share the experts. Links inside a node carry 2 MB/s with 0.2 ms of latency, links
+between nodes 0.25 MB/s with 1 ms: so slow that an exchange takes many times what processes need to hand a message on. Each token goes to
+four experts on at most two nodes, as the router chooses them by random scores, the same under both dispatchers. One block, one
+micro-batch, nothing overlapped. Bytes are of all ranks in a step, counted; `x` is how many times as fast as `alltoall`.{shown(results)}
+
+```text
+{of["nodes"]}
+```
+
+Under compute: two nodes, BF16, DualPipeV on one pipeline rank, paced compute in even slots, links on which an exchange takes one, both legs
+of `hierarchical` together:
+
+```text
+{of["pairs"]}
+```
+
+## On one GPU
+
+`python tests/benchmarks/gpu.py OUT --only overlap` lets a GPU exchange with itself (`parallel/loopback.py`): a kernel of at most 20 thread
+blocks copies the bytes at the speed of a link, on a stream for each direction. It prints what the executor costs against a plain loop, how
+much is hidden where exchanges take as long as compute, how much longer compute takes beside them, and gaps that the host left. Of NCCL's
+own thread blocks, `parallel.comm_sms` is the most that each communicator of an exchange may take.
 
 A run writes such traces itself: `launch.trace_interval=100` makes `traces/step_N.json` in its directory every 100 steps, which
 [ui.perfetto.dev](https://ui.perfetto.dev) and `chrome://tracing` open; the last one is drawn in the run's report, and each traced step's
