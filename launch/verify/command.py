@@ -19,13 +19,13 @@ import torch
 
 from ...conf.errors import ConfigError, most_like
 from ...conf.schema import Config
-from ...parallel.dispatch import DISPATCHERS
+from ...parallel.dispatch import OPTIONAL
 from ...parallel.optimizer import deepspeed_zero
 from ...train import cost, units
 from .. import exit_codes
 from ..report import write_report
 from . import autoep, certificate, routing, table
-from .cases import CONFIG_DIR, USUAL, Case, checked, composed, layouts, option_cases, own_of
+from .cases import CONFIG_DIR, USUAL, Case, checked, composed, layout_cover, layouts, option_cases, own_of, written
 from .certificate import Invalid
 from .compare import LIMITS
 from .prove import Fault, Verdict, in_folder, prove, prove_other, reference
@@ -186,7 +186,7 @@ def command_of(request: Request) -> str:
 def base_words(request: Request) -> tuple[str, ...]:
     """The user's settings over the usual ones. A usual value that does not go with the user's gives way to the nearest that does."""
     given = {word.partition("=")[0].lstrip("+~"): word.partition("=")[2] for word in request.words}
-    seq_len = int(given["data.seq_len"]) if given.get("data.seq_len", "").isdecimal() else 8
+    seq_len = int(given["data.seq_len"]) if given.get("data.seq_len", "").isdecimal() else 16
     batch = 2 * (4 if request.layouts == "smoke" else request.world) * seq_len
     asked = [f"train.global_batch_tokens={batch}", f"train.steps={request.steps}", f"train.seed={request.seed}"]
     before_last = f"checkpoint.interval={max(1, request.steps - 1)}"
@@ -224,14 +224,19 @@ def _phases(words: tuple[str, ...]) -> list[str]:
 
 def choose_cases(request: Request, base: tuple[str, ...]) -> Iterator[Case]:
     case = lambda layout, options=(): Case(layout=layout, options=options, routing=request.routing, base=base)
-    every = [case(layout) for layout in layouts(request.world)]
+    if request.layouts in ("all", "exhaustive"):
+        every = layouts(request.world)
+        valid = {one.layout: every[one.layout] for one in checked(list(map(case, every)))[0]}
     if request.layouts == "all":
-        yield from every
-        yield from option_cases(base, [case.layout for case in checked(every)[0] if not case.layout.endswith(DISPATCHERS)])
+        gpus = composed(base).cluster.gpus_per_node
+        chosen = [written(*parts) for parts in layout_cover(valid.values(), gpus)] if valid else []
+        yield from (case(layout) for layout in every if layout in chosen or layout not in valid)
+        yield from (case(f"ep{request.world}/{dispatcher}") for dispatcher in OPTIONAL)  # on a CPU: to say why not
+        yield from option_cases(base, valid.values(), request.routing) if valid else ()
     elif request.layouts == "exhaustive":
-        yield from every
-        for layout in checked(every)[0]:
-            yield from option_cases(base, [layout.layout])
+        yield from map(case, every)
+        for parts in valid.values():
+            yield from option_cases(base, [parts], request.routing)
     elif request.layouts == "smoke":
         given = {word.partition("=")[0] for word in request.words}
         for layout, options in SMOKE:
@@ -259,7 +264,7 @@ def run_autoep(cases: Sequence[Case], folder: Path) -> Iterator[Verdict]:
     yield from (prove_other(case, folder / f"case{i}", autoep.train) for i, case in enumerate(cases))
 
 
-RESUME_ON = ("pp2ep2", "edp2ep2", "pp4", "pp2edp2", "ep4", "edp4", "pp2ep2/interleaved_1f1b", "ep2", "pp2", "edp2", "pp1")
+RESUME_ON = ("pp2ep2", "edp2ep2", "pp4", "pp2edp2", "ep4", "edp4", "pp2ep2/interleaved_1f1b", "pp2/dualpipev", "ep2", "pp2", "edp2", "pp1")
 
 
 def run(cases: Sequence[Case], folder: Path, fault: Fault | None = None) -> Iterator[Verdict]:

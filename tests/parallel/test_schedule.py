@@ -181,6 +181,26 @@ def test_a_shuffled_list_is_refused_exactly_if_the_machine_cannot_run_it(layout,
 # ---------------------------------------------------------------- wrong lists
 
 
+@settings(max_examples=60)
+@given(layouts(largest=4), st.data())
+def test_whatever_is_left_out_or_runs_twice_is_refused(layout, data):
+    """A whole action, pairs among them, or one op of a pair."""
+    name, pp, chunks, num = layout
+    lists, placements = [list(actions) for actions in lists_of(*layout)], SCHEDULES[name].place(pp, chunks)
+    actions = data.draw(st.sampled_from(lists))
+    at = data.draw(st.integers(0, len(actions) - 1))
+    op = data.draw(st.sampled_from(actions[at]))
+    if data.draw(st.booleans()):
+        actions.insert(data.draw(st.integers(0, len(actions))), (op,))
+        said = f"{op} runs already in action"
+    else:
+        left = tuple(other for other in actions[at] if other != op and data.draw(st.booleans()))
+        actions[at : at + 1] = [left] * bool(left)
+        said = "want F and B, or F, I and W"
+    with pytest.raises(ValueError, match=said):
+        validate(lists, placements, num)
+
+
 def listed(*ranks):
     """Actions from words: "0F0 0F1+0B0"."""
     op = lambda stage, kind, micro_batch: Op(kind, int(stage), int(micro_batch))
@@ -205,6 +225,8 @@ WRONG = {
     "backward first in a pair": (TWO, 2, ["0F0 0B0+0F1 0B1", "1F0 1B0 1F1 1B1"], r"rank 0, action 1 \(0B0\+0F1\): an action is one of"),
     "sends are swapped": (TWO, 2, ["0F1 0F0 0B0 0B1", "1F0 1B0 1F1 1B1"],
                           "rank 0, action 0 sends 0F1 to rank 1 as number 0 of that link, where action 0 receives for 1F0"),
+    "a message goes the other way": (((0, 1), (1, 0)), 2, ["0F0 1F1 0B0 0F1 1B1 0B1", "1F0 1B0"],
+                                     r"rank 0, action 3 \(0F1\): 0F1 is for rank 1, which holds the stage"),
     "gradients are swapped": (TWO, 2, ["0F0 0F1 0B0 0B1", "1F0 1F1 1I1 1B0 1W1"], "rank 1, action 2 sends 1I1 to rank 0 as number 0"),
     "each waits for the other": (TWO, 2, ["0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"],
                                  r"rank 0, action 1 \(0B0\) waits for 1B0; rank 1, action 1 \(1F1\) waits for 0F1"),

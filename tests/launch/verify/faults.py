@@ -12,15 +12,18 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from shoestring.kernels.weight_grad import WeightGradStore
 from shoestring.launch.verify.cases import Case
 from shoestring.launch.verify.command import Request, base_words
 from shoestring.parallel import executor, relocate
 from shoestring.parallel.dispatch import AllToAllDispatcher, Dispatch
+from shoestring.parallel.groups import Mesh
 from shoestring.parallel.optimizer import whole
 from shoestring.parallel.optimizer.average import Average
 from shoestring.parallel.optimizer.whole import WholeOptimizer
 from shoestring.parallel.optimizer.zero import Chunk, ShardedOptimizer
 from shoestring.parallel.phases import MicroBatch
+from shoestring.parallel.schedule import SCHEDULES, table
 from shoestring.train import engine, phase_run, trainer
 from shoestring.train.engine import Engine
 from shoestring.train.interop import hf
@@ -28,7 +31,7 @@ from shoestring.train.model.decoder import Stage, is_expert
 from shoestring.train.model.moe import Router
 
 # A dense block and one with experts; two steps of four sequences.
-BASE = base_words(Request(steps=2, words=("model.num_layers=2", "train.global_batch_tokens=32")))
+BASE = base_words(Request(steps=2, words=("model.num_layers=2", "data.seq_len=8", "train.global_batch_tokens=32")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +243,91 @@ def prediction_labels_one_place_early():
     @instead_of(Stage, "_prediction_head")
     def prediction_head(right, self, block):
         return right(self, SimpleNamespace(head_norm=block.head_norm, depth=block.depth - 1))
+
+
+# ---------------------------------------------------------------- schedules: their lists, their messages, their closures
+
+LATE = ("pp2/zbv", "model.num_layers=4")  # whose weight gradients have actions of their own
+
+
+def list_without(kinds: str):
+    """What a schedule makes, less the first of a rank's actions that consist of these kinds of ops."""
+
+    @instead_of(engine, "proven")
+    def proven(right, schedule, *layout):
+        made = SCHEDULES[schedule].actions(*layout)
+        gone = next(action for action in made[0] if "".join(op.kind for op in action) == kinds)
+        made[0].remove(gone)
+        lists = SCHEDULES | {schedule: dataclasses.replace(SCHEDULES[schedule], actions=lambda *layout: made)}
+        table.SCHEDULES = lists
+        return right(schedule, *layout)
+
+
+@mistake("pp2/dualpipe", caught_by="ValueError: rank 0 has F for stage 0, micro-batch 0: want F and B")
+def pair_forgotten():
+    """Whose generator leaves out one overlapped action of the steady state."""
+    list_without("FB")
+
+
+@mistake(*LATE, caught_by=r"ValueError: rank 0 has FI for stage \d, micro-batch \d: want F and B, or F, I and W")
+def weights_action_forgotten():
+    """Whose list ends with its last input gradient."""
+    list_without("W")
+
+
+@mistake(*LATE, caught_by=r"AssertionError: the action list ended with work left over: \['deferred'\]")
+def weights_action_lost_after_the_proof():
+    """Who edits a list that was right."""
+
+    @instead_of(executor.Executor, "_run")
+    def run(right, self, actions, *args, **how):
+        actions = list(actions)
+        actions.remove(next(action for action in actions if [op.kind for op in action] == ["W"]))
+        return right(self, actions, *args, **how)
+
+
+@mistake(*LATE, caught_by=r"gradient of layers\.\S+, step 1")
+def closure_never_run():
+    """Who takes what waits for a block's weights when its first linear is done, not its last."""
+
+    @instead_of(WeightGradStore, "take")
+    def take(right, self):
+        return right(self)[:-1]
+
+
+@mistake(*LATE, caught_by=r"gradient of layers\.\S+, step 1")
+def closures_run_twice():
+    """Who runs what waits beside an exchange, and again where its W action stands."""
+
+    @instead_of(WeightGradStore, "take")
+    def take(right, self):
+        taken = right(self)
+        return [*taken, *taken[-1:]]
+
+
+@mistake("pp2", caught_by="loss of step 1")
+def two_forwards_sent_in_the_other_order():
+    """Who sends what is ready first."""
+    held = {}
+
+    @instead_of(executor._Step, "_hand_over")
+    def hand_over(right, self, kind, op, stage, tensor):
+        if kind == "F" and op.micro_batch % 2 == 0:
+            held[op.micro_batch] = op, stage, tensor
+            return
+        right(self, kind, op, stage, tensor)
+        if kind == "F":
+            right(self, kind, *held.pop(op.micro_batch - 1))
+
+
+@mistake(*LATE, caught_by="loss of step 1")
+def one_group_for_both_directions():
+    """Who makes a communicator per neighbour: in a V, forwards one way and gradients the other go from the same rank to the same rank."""
+
+    @instead_of(Mesh, "flow")
+    def flow(right, self, kind, stage, other, direction):
+        rank, _ = right(self, kind, stage, other, direction)
+        return rank, self.flows["F", 0, 0]
 
 
 # ---------------------------------------------------------------- routing and experts
