@@ -160,14 +160,16 @@ class _Step:
             self._run(op, waiting)
 
     def _under_way(self, op: Op, phase: str, arriving: Pending, own: Waiting = ()) -> Iterator[None]:
-        """Yields after each leg of the exchange was issued; returns what has arrived. `own`: weight gradients to run meanwhile."""
+        """Yields after each leg of the exchange was issued, unless it is brief; returns what has arrived. `own`: weight gradients to run
+        meanwhile."""
         while True:
             arriving = self.tracer.issue(op, phase, arriving)
             if own:
                 self._run(op, own)
             elif self.alone and arriving.work is not None:
                 self._fill()
-            yield
+            if not arriving.brief:
+                yield
             if arriving.onward is None:
                 return arriving.wait()
             arriving = arriving.advance()

@@ -6,7 +6,7 @@ Values travel as tuples; whatever is not a floating-point tensor (routing, for o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -50,11 +50,13 @@ class Pending:
     """Something under way: `wait()` blocks until it has arrived and makes the phase's output. `work` is None or has `wait()`.
 
     `onward`: what arrived has another way to go, and this sends it: whoever waits does, or, while there is more to do, calls `advance`.
+    `brief`: it is over sooner than anybody's next turn to compute would be, so it is waited for at once.
     """
 
     work: Any
     finish: Callable[[], tuple]
     onward: "Callable[..., Pending] | None" = None
+    brief: bool = False
 
     def land(self) -> None:
         if self.work is not None:
@@ -74,13 +76,13 @@ class Pending:
 
     def then(self, function: Callable[..., tuple]) -> "Pending":
         if self.onward is not None:
-            return Pending(work=self.work, finish=self.finish, onward=lambda *arrived: self.onward(*arrived).then(function))
-        return Pending(work=self.work, finish=lambda: function(*self.finish()))
+            return replace(self, onward=lambda *arrived: self.onward(*arrived).then(function))
+        return replace(self, finish=lambda: function(*self.finish()))
 
     def then_issue(self, send: "Callable[..., Pending]") -> "Pending":
         """`send(*arrived)` issues the next leg."""
         assert self.onward is None, "one leg at a time: the next leg's Pending says what follows it"
-        return Pending(work=self.work, finish=self.finish, onward=send)
+        return replace(self, onward=send)
 
 
 class CommunicationPhase(Protocol):

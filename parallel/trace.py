@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ class Recorder(Tracer):
                 return pending.finish()
 
         work = _Watched(pending.work, self._open("exchange", op.kind, op, phase), self.clock, told=True)
-        return Pending(work=work, finish=finish, onward=pending.onward)
+        return replace(pending, work=work, finish=finish)
 
     def link(self, kind: str, op: Op, work: Work) -> Work:
         return _Watched(work, self._open("link", kind, op, ""), self.clock, told=False, sending=kind == "send")

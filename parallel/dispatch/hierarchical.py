@@ -13,7 +13,7 @@ T tokens on this rank   K top-k   G nodes   n ranks of a node   E slots   e slot
 P rows sent across   H rows that came across, to be sent on   Q copies sent on inside   M copies received   R rows for the experts
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -151,4 +151,5 @@ class HierarchicalDispatcher:
         return self._exchange(sent, f"{direction} inside", hops.inside_sent, hops.inside_received, first=1).then_issue(send_back)
 
     def _exchange(self, rows: Tensor, group: str, received: list[int], sent: list[int], first: int = 0) -> Pending:
-        return exchange(rows, self.groups[group], self.transport, received=received, sent=sent, first=first)
+        pending = exchange(rows, self.groups[group], self.transport, received=received, sent=sent, first=first)
+        return replace(pending, brief=group.endswith("inside"))
