@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..conf.schema import Config, LaunchConfig
 from ..parallel import world
-from ..parallel.flight import write_flight
+from ..parallel.flight import last_begun, write_flight
 from ..train import trainer
 from . import device, environment, exit_codes
 from .environment import Place
@@ -95,7 +95,7 @@ def _report(error: BaseException, place: Place, failures: Path | None, flight: P
     code = exit_codes.of(error)
     message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
     if code == exit_codes.LOST and dist.is_initialized():
-        message += f"; what this rank had begun: {write_flight(flight, error)}"
+        message += f"; begun last: {last_begun()}; more in {write_flight(flight, error)}"
     trace = traceback.format_exc() if code == exit_codes.FAILED else ""
     if failures is None:
         print(f"{trace}error: {message}", file=sys.stderr, flush=True)

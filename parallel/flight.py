@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ._torch import flight_entries, own_groups
+from .world import title
 
 KEPT = 200  # collectives
 
@@ -38,6 +39,14 @@ def write_flight(folder: Path, error: BaseException | None = None) -> Path:
     path = folder / f"rank_{rank}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def last_begun() -> str:
+    """The collective that this rank began last, in words; of a call that waits for its own end, the one that failed."""
+    entries, groups = flight_entries(), dict(own_groups())
+    if not entries or entries[-1]["process_group"][0] not in groups:
+        return "nothing that torch has recorded"
+    return f"{entries[-1]['profiling_name']} over {title(groups[entries[-1]['process_group'][0]])}"
 
 
 def _group(name: str, group: dist.ProcessGroup, entries: list[dict]) -> dict:
@@ -62,7 +71,7 @@ def _stacks() -> dict[str, list[str]]:
 
 
 def who_is_missing(folder: Path) -> list[str]:
-    """By the files of a folder: a line for each group whose ranks have not all begun as many collectives, and one for ranks without a file."""
+    """By a folder's files: a line for each group whose ranks have not all begun as many collectives, and one for ranks without a file."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank_*.json"))]
     groups: dict[tuple, dict[int, dict]] = {}
     for file in files:

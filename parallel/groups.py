@@ -93,7 +93,7 @@ class Mesh:
         )
 
     def close(self) -> None:
-        """Collective: give the groups back."""
+        """Give the groups back. Collective, once all ranks have come from `create`: some might still be connecting to this one."""
         for group in (self.dense, self.expert, *self.ep.values(), *self.flows.values(), self.embed):
             if group is not None:
                 dist.destroy_process_group(group)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._torch import SPLITS_BY_BACKEND, abort_process_group, nccl_options
+from ._torch import SPLITS_BY_BACKEND, abort_process_group, nccl_options, own_groups
 
 Parts = Sequence[Sequence[int]]  # disjoint lists of global ranks, in order
 
@@ -32,8 +32,8 @@ def part(name: str, parts: Parts, *, timeout_s: float | None = None, max_ctas: i
     """The group of `parts` that holds this rank, None if there is none. Collective of the world.
 
     With NCCL it is one call for all of them (`split_group`), and what is on the host cannot be sent over it; that path has not been run
-    on more than one GPU. gloo makes nothing for groups of others: a thousand calls of it cost milliseconds. `max_ctas`: thread blocks
-    that NCCL may take for it, 0: its own choice.
+    on a GPU yet. gloo is asked for group after group, and makes nothing for those of others. `max_ctas`: thread blocks that NCCL may take
+    for it, 0: its own choice.
     """
     timeout = datetime.timedelta(seconds=timeout_s) if timeout_s else None
     options = nccl_options(max_ctas) if max_ctas and _on_gpu() else None
@@ -59,13 +59,16 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def abort() -> None:
+def abort() -> list[dist.ProcessGroup]:
     """Drop every group at once, whatever is under way in them, without asking other ranks; then another world can be joined.
 
-    Works of dropped groups fail or are lost. (Under NCCL, whose watchdog may end the process first, this has not been run.)
+    Returns the dropped groups, to be kept: gloo's last reference to one waits for what is under way in it, as long as its timeout. What
+    was under way is lost. (Under NCCL, whose watchdog may end the process first, this has not been run.)
     """
-    if dist.is_initialized():
+    dropped = [group for _, group in own_groups()]
+    if dropped:
         abort_process_group()
+    return dropped
 
 
 def title(group: dist.ProcessGroup | None) -> str:

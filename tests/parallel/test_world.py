@@ -49,6 +49,7 @@ def closed():
     mesh = Mesh.create(ParallelConfig(pp=2, edp=1, ep=2), dist.get_rank(), embeds_at_head=True, timeout_s=TIMEOUT_S)
     options = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in (mesh.dense, *mesh.flows.values())}
     during = known()
+    dist.barrier()
     mesh.close()
     return before, during, known(), options
 
@@ -129,8 +130,8 @@ def again(folder):
     losses = [step(4)]
     if rank < 2:
         dist.all_reduce(torch.ones(1), async_op=True)
-        world.abort()
-        assert not dist.is_initialized()
+        dropped = world.abort()
+        assert dropped and not dist.is_initialized()
         world.join(timeout_s=30 * TIMEOUT_S, init_method=f"file://{folder}/again", rank=rank, world_size=2)
         losses.append(step(2))
     return losses
