@@ -31,12 +31,12 @@ def clock():
 def queue_kernel(port, begin, nanoseconds):
     """Whoever queues in between only makes this transfer begin later: the port's time never falls."""
     tl.atomic_max(port, clock())
-    tl.store(begin, tl.atomic_add(port, nanoseconds.to(tl.int64)))
+    tl.store(begin, tl.atomic_add(port, tl.cast(nanoseconds, tl.int64)))
 
 
 @triton.jit
 def paced_copy_kernel(rows, out, begin, words, nanoseconds, latency, CHUNK: tl.constexpr):
-    start, per_link = tl.load(begin) + latency, nanoseconds.to(tl.int64)
+    start, per_link = tl.load(begin) + latency, tl.cast(nanoseconds, tl.int64)
     for first in tl.range(tl.program_id(0) * CHUNK, words, tl.num_programs(0) * CHUNK):
         due = start + tl.minimum(first + CHUNK, words) * per_link // words
         now = clock()
