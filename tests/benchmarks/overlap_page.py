@@ -31,8 +31,8 @@ def tables(results: dict) -> dict[str, str]:
         made["bubbles"] = bubble_table(results["bubbles"])
     if "nodes" in results:
         made["nodes"] = node_table(results["nodes"]["exchanges"])
-        pairs = results["nodes"]["pairs"]
-        made["pairs"] = overlap_table({f"{name}, {mode}": (modes, mode) for name, modes in pairs.items() for mode in modes})
+        if pairs := results["nodes"]["pairs"]:
+            made["pairs"] = overlap_table({f"{name}, {mode}": (modes, mode) for name, modes in pairs.items() for mode in modes})
     return made
 
 
@@ -160,6 +160,7 @@ def label(axes, spans: Sequence[Span], begin: float, end: float) -> None:
 def page(results: dict, command: str, picture: str) -> str:
     """docs/overlap.md, whole."""
     of = dict.fromkeys(("paced", "real", "bubbles", "nodes", "pairs"), "not measured yet") | tables(results)
+    shown_step = f"\n![A traced step, and four overlapped actions]({picture})\n" if "paced" in results else ""
     return f"""\
 # Communication under compute
 
@@ -192,9 +193,7 @@ trace, whose slots do not.
 ```text
 {of["paced"]}
 ```
-
-![A traced step, and four overlapped actions]({picture})
-
+{shown_step}
 ## Real compute
 
 Two processes with a core each, ep 2, DualPipeV on one pipeline rank. The links have the bandwidth at which a step's exchanges take as long
@@ -226,7 +225,8 @@ micro-batch, nothing overlapped. Bytes are of all ranks in a step, counted; `x` 
 ```
 
 Under compute: two nodes, BF16, DualPipeV on one pipeline rank, paced compute in even slots, links on which an exchange takes one, both legs
-of `hierarchical` together:
+of `hierarchical` together. Its leg between nodes lies under the other op's compute. Its leg inside a node, a small part of the exchange, is
+waited for as soon as it is sent: with a turn of the other op between the legs, both ops would wait for one, and compute for neither.
 
 ```text
 {of["pairs"]}
@@ -238,6 +238,8 @@ of `hierarchical` together:
 blocks copies the bytes at the speed of a link, on a stream for each direction. It prints what the executor costs against a plain loop, how
 much is hidden where exchanges take as long as compute, how much longer compute takes beside them, and gaps that the host left. Of NCCL's
 own thread blocks, `parallel.comm_sms` is the most that each communicator of an exchange may take.
+
+## In a run
 
 A run writes such traces itself: `launch.trace_interval=100` makes `traces/step_N.json` in its directory every 100 steps, which
 [ui.perfetto.dev](https://ui.perfetto.dev) and `chrome://tracing` open; the last one is drawn in the run's report, and each traced step's
