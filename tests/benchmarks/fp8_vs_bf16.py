@@ -1,8 +1,9 @@
 """Does FP8 train as well as BF16? `python tests/benchmarks/fp8_vs_bf16.py [options]` measures it, by held-out loss, on a CPU.
 
 Trains a small model on the Python standard library's sources, for each seed three times on the same samples: in BF16; again, from weights
-that were each moved by one BF16 ulp (how far do two equally good runs part?); and in FP8. Kill it at any time: called again, it goes on
-from the last checkpoints, and complete runs are only read.
+that were each moved by one BF16 ulp (how far do two equally good runs part?); and in FP8. BF16's weights are then evaluated in FP8, too:
+what rounding costs with no training in it. Kill it at any time: called again, it goes on from the last checkpoints, and complete runs are
+only read.
 """
 
 import argparse
@@ -25,12 +26,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+import torch.distributed as dist
 from shoestring.conf.compose import load
+from shoestring.conf.phases import phase_at
 from shoestring.launch import exit_codes, worker
 from shoestring.launch.environment import Place
+from shoestring.parallel.optimizer.zero import Chunk
 from shoestring.train import cost, trainer
+from shoestring.train.checkpoint.checkpointer import Checkpointer
+from shoestring.train.data.corpus import open_corpus
 from shoestring.train.engine import Engine, Watch
 from shoestring.train.metrics import read_records, replace_file
+from shoestring.train.phase_run import PhaseRun
 from torch import Tensor
 
 BATCH_TOKENS = 4096
@@ -50,6 +57,7 @@ WIDTHS: dict[int, tuple[str, ...]] = {  # the wider has as many active parameter
     128: (),
     256: ("model.dim=256", "model.dense_hidden_dim=256", "model.init_std=0.042"),
 }
+READ_IN_FP8 = "read_in_fp8.json"
 AIM = 0.25  # per cent
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided 95 %, by degrees of freedom from 1
 BEGIN, END = "<!-- fp8_vs_bf16.py writes from here -->", "<!-- to here -->"
@@ -77,11 +85,14 @@ def main() -> None:
     options = parse()
     if options.run:
         sys.exit(train_here(options.run, options.words))
+    if options.read:
+        sys.exit(read_here(options.read, options.words))
     runs = train_all(options)
-    measured = f"{setting(options)}\n\n{table(runs)}\n\n{verdict(runs)}"
+    read = [read_in_fp8(options, seed) for seed in range(options.seeds)]
+    measured = f"{setting(options)}\n\n{table(runs)}\n{rounding(runs, read)}\n\n{verdict(runs)}"
     print(f"\n{measured}")
     if options.page:
-        write_page(options, runs, measured)
+        write_page(options, runs, read, measured)
 
 
 def parse() -> argparse.Namespace:
@@ -96,6 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir(), "fp8_vs_bf16"), help="folder of the runs")
     parser.add_argument("--page", type=Path, metavar="MD", help="put the result into this page, picture and JSON beside it; needs `bench`")
     parser.add_argument("--run", choices=ARMS, help=argparse.SUPPRESS)  # what the program starts itself with
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps < EVALUATIONS:
@@ -120,6 +132,28 @@ def train_all(options: argparse.Namespace) -> Runs:
 
 def train(options: argparse.Namespace, name: str, seed: int) -> Curve:
     """One run to its end, from its newest checkpoint if it has one. Exits with what is wrong where the run fails."""
+    run_dir, words = settings_of(options, name, seed)
+    if not is_complete(run_dir, options.steps):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        code = call(run_dir, "--run", name, "--", *words, f"name={name}-{seed}", f"run_dir={run_dir}")
+        if code or not is_complete(run_dir, options.steps):
+            failed(f"{name}, seed {seed}: incomplete (exit code {code})", run_dir)
+    curve = curve_of(run_dir)
+    print(f"{datetime.datetime.now():%H:%M} {name}, seed {seed}: held-out {curve[-1][1]:.4f}", flush=True)
+    return curve
+
+
+def read_in_fp8(options: argparse.Namespace, seed: int) -> float:
+    """Held-out loss of the seed's complete BF16 run, computed in FP8."""
+    run_dir, words = settings_of(options, "bf16", seed)
+    answer = run_dir / READ_IN_FP8
+    if not answer.exists() and call(run_dir, "--read", str(run_dir), "--", *words, "precision=fp8", f"run_dir={run_dir}"):
+        failed(f"bf16, seed {seed}: could not be read in FP8", run_dir)
+    return json.loads(answer.read_text())
+
+
+def settings_of(options: argparse.Namespace, name: str, seed: int) -> tuple[Path, list[str]]:
+    """A run's folder and its words."""
     steps, every = options.steps, options.steps // EVALUATIONS
     words = [
         *SETTINGS, *WIDTHS[options.width], f"precision={ARMS[name].precision}", f"train.steps={steps}", f"train.eval_interval={every}",
@@ -127,19 +161,19 @@ def train(options: argparse.Namespace, name: str, seed: int) -> Curve:
         f"train.eval_sequences={options.held_out}",
     ]  # fmt: skip
     # Resuming does not ask whether the learning rate is still the same: other words, another folder.
-    run_dir = (options.out / f"{name}-{seed}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}").absolute()
-    if not is_complete(run_dir, steps):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, "--run", name, "--", *words, f"name={name}-{seed}", f"run_dir={run_dir}"]
-        log = run_dir / "console.log"
-        with open(log, "a") as file:
-            code = subprocess.run(command, env=environment(), stdout=file, stderr=subprocess.STDOUT).returncode
-        if code or not is_complete(run_dir, steps):
-            last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-            raise SystemExit(f"{name}, seed {seed}: incomplete (exit code {code}); {log} ends with\n{last}\nto go on: the same command")
-    curve = curve_of(run_dir)
-    print(f"{datetime.datetime.now():%H:%M} {name}, seed {seed}: held-out {curve[-1][1]:.4f}", flush=True)
-    return curve
+    return (options.out / f"{name}-{seed}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}").absolute(), words
+
+
+def call(run_dir: Path, *arguments: str) -> int:
+    """This program, in a process of its own. The exit code."""
+    with open(run_dir / "console.log", "a") as log:
+        return subprocess.run([sys.executable, __file__, *arguments], env=environment(), stdout=log, stderr=subprocess.STDOUT).returncode
+
+
+def failed(what: str, run_dir: Path) -> None:
+    log = run_dir / "console.log"
+    last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+    raise SystemExit(f"{what}; {log} ends with\n{last}\nto go on: the same command")
 
 
 def environment() -> dict[str, str]:
@@ -172,6 +206,21 @@ def train_here(name: str, words: Sequence[str]) -> int:
             config, device, stop=lambda: stop() or os.getppid() != parent, log=log, watch=watch
         )
         return worker.run(config, Place(), words, train=here)
+
+
+def read_here(run_dir: Path, words: Sequence[str]) -> int:
+    """Evaluate the newest checkpoint as these words say; the loss goes into a file beside it."""
+    config = load(words)
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    phase = phase_at(config, config.train.steps - 1)
+    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed, log=lambda line: None)
+    part = PhaseRun(phase, corpus, torch.device("cpu"))
+    saved = Checkpointer(run_dir / "checkpoints", keep_last=1, async_save=False)
+    rng = torch.get_rng_state()  # a checkpoint wants a place for all that it holds
+    saved.load(saved.latest(), part.engine.chunks(saving=False) | {"rng.0": Chunk(rng.numel(), 0, rng)})
+    part.engine.optimizer.load_state(config.train.steps)
+    replace_file(run_dir / READ_IN_FP8, json.dumps(part.evaluate().loss) + "\n")
+    return 0
 
 
 class MoveByOneUlp(Watch):
@@ -246,6 +295,13 @@ def table(runs: Runs) -> str:
     return "\n".join([*lines, f"mean  {losses}" + "".join(f"{f'{end.mean:+.3f} ± {end.half:.3f} %':>18}" for end in ends)])
 
 
+def rounding(runs: Runs, read: Sequence[float]) -> str:
+    """`read`: of each seed, the loss of BF16's weights computed in FP8."""
+    apart_ = [100 * (loss - run[-1][1]) / run[-1][1] for loss, run in zip(read, runs["bf16"], strict=True)]
+    found = interval(apart_)
+    return f"bf16's weights, evaluated in fp8: {found.mean:+.3f} ± {found.half:.3f} %"
+
+
 def verdict(runs: Runs) -> str:
     """What the intervals say of the aim, and what they do not."""
     fp8, control = (interval(at_end(runs, name)) for name in ("fp8", "control"))
@@ -273,7 +329,7 @@ def setting(options: argparse.Namespace) -> str:
 # ---------------------------------------------------------------- picture and page
 
 
-def write_page(options: argparse.Namespace, runs: Runs, measured: str) -> None:
+def write_page(options: argparse.Namespace, runs: Runs, read: Sequence[float], measured: str) -> None:
     """Fills the marked part of the page; `fp8_vs_bf16.svg` and `.json` go beside it. ValueError where the page has no such part."""
     before, begin, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -289,6 +345,7 @@ def write_page(options: argparse.Namespace, runs: Runs, measured: str) -> None:
         "aim_per_cent": AIM,
         "at_end": ends,
         "runs": runs,
+        "bf16_read_in_fp8": read,
     }
     replace_file(picture.with_suffix(".json"), json.dumps(data, indent=1) + "\n")
     words = f"--width {options.width} --steps {options.steps} --seeds {options.seeds} --held-out {options.held_out} --page {options.page}"

@@ -119,6 +119,18 @@ def train_in_rank(words, stop_after):
     return trainer.run(load([*words, f"train.stop_after={stop_after}"]), torch.device("cpu"), log=lambda line: None).step
 
 
+def read_in_rank(run_dir, each):
+    """What `read_here` finds, with each of these words."""
+    import fp8_vs_bf16 as script  # the fixture's
+
+    script.dist.init_process_group = lambda **_: None  # this rank has a world
+    found = []
+    for words in each:
+        script.read_here(run_dir, words)
+        found.append(json.loads((run_dir / script.READ_IN_FP8).read_text()))
+    return found
+
+
 def test_killed_and_called_again(script, tmp_path, monkeypatch):
     """A run that stopped half-way goes on; a complete one is only read. Trained in a forked rank here, instead of a new process."""
     monkeypatch.setattr(script, "SETTINGS", tuple(word for word in TINY if not word.startswith(("precision", "train.eval", "train.steps"))))
@@ -141,6 +153,15 @@ def test_killed_and_called_again(script, tmp_path, monkeypatch):
     assert [record.session for record in read_records(run_dir / "metrics.jsonl")] == [0, 0, 1, 1]
 
 
+def test_weights_are_read_in_another_precision(script, tmp_path):
+    """In the run's own, the loss of its last evaluation; in FP8 another one, near it."""
+    words = [*[word for word in TINY if word != "precision=bf16"], f"data.cache_dir={tmp_path}", f"run_dir={tmp_path}"]
+    fork_ranks(1, train_in_rank, [*words, "precision=bf16"], 0)
+    found = fork_ranks(1, read_in_rank, tmp_path, [[*words, f"precision={name}"] for name in ("bf16", "fp8")])[0]
+    trained = script.curve_of(tmp_path)[-1][1]
+    assert found[0] == trained and 0 < abs(found[1] / trained - 1) < 0.01
+
+
 def test_a_run_whose_program_is_gone_is_not_begun(script, tmp_path, monkeypatch):
     parents = iter([1000, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
@@ -156,13 +177,13 @@ def test_the_page_keeps_what_is_around_the_result(script, tmp_path):
     page, runs = tmp_path / "fp8.md", runs_of(fp8=[0.1, 0.2], control=[0.0, 0.1])
     options = argparse.Namespace(page=page, width=128, steps=4, seeds=2, held_out=4)
     page.write_text(f"above\n{script.BEGIN}\nfrom before\n{script.END}\nbelow\n")
-    script.write_page(options, runs, "measured")
+    script.write_page(options, runs, [2.1, 3.1], "measured")
     once = page.read_text()
-    script.write_page(options, runs, "measured")
+    script.write_page(options, runs, [2.1, 3.1], "measured")
     assert page.read_text() == once and once.startswith("above\n") and once.endswith("\nbelow\n")
     assert "measured" in once and "from before" not in once and "fp8_vs_bf16.svg" in once
     kept = json.loads((tmp_path / "fp8_vs_bf16.json").read_text())
     assert kept["at_end"]["fp8"]["per_cent"] == pytest.approx([0.1, 0.2]) and len(kept["runs"]["bf16"]) == 2
     page.write_text("no place")
     with pytest.raises(ValueError, match="no place for the result"):
-        script.write_page(options, runs, "measured")
+        script.write_page(options, runs, [2.1, 3.1], "measured")
