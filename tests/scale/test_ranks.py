@@ -18,6 +18,7 @@ from shoestring.conf.compose import load
 from shoestring.conf.phases import phases
 from shoestring.conf.schema import ParallelConfig
 from shoestring.kernels.ops import Ops
+from shoestring.parallel import world as world_module
 from shoestring.parallel.groups import Mesh, partitions
 from shoestring.parallel.optimizer.whole import WholeOptimizer
 from shoestring.parallel.schedule import SCHEDULES, validate
@@ -73,7 +74,7 @@ def world():
     w = World(size=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "new_group", w.new_group)
-        patch.setattr(dist.group, "WORLD", SimpleNamespace(bound_device_id=None))
+        patch.setattr(world_module, "_on_gpu", lambda: False)
         patch.setattr(dist, "get_world_size", lambda group=None: w.size if group is None else len(group.ranks))
         patch.setattr(dist, "get_rank", lambda group=None: w.rank if group is None else group.ranks.index(w.rank))
         patch.setattr(dist, "get_process_group_ranks", lambda group: list(group.ranks))
