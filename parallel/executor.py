@@ -16,6 +16,7 @@ before the host waits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,7 +129,8 @@ class _Step:
                 if self.executor.enqueues:
                     yield
             else:
-                values = yield from self._under_way(op, phase.name, phase.forward(saved, batch, *values))
+                phase.settle(*values)
+                values = yield from self._under_way(op, phase.name, partial(phase.forward, saved, batch, *values))
         (out,) = values
         if op.stage < self.mesh.num_stages - 1:
             self._hand_over("F", op, op.stage + 1, out)
@@ -153,16 +155,18 @@ class _Step:
                     yield
             else:
                 own = waiting if op.kind == "B" else ()
-                grads = yield from self._under_way(op, phase.name, phase.backward(saved, *grads), own)
+                grads = yield from self._under_way(op, phase.name, partial(phase.backward, saved, *grads), own)
         if op.stage:
             self._hand_over("B", op, op.stage - 1, grads[0])
         if op.kind == "B":
             self._run(op, waiting)
 
-    def _under_way(self, op: Op, phase: str, arriving: Pending, own: Waiting = ()) -> Iterator[None]:
+    def _under_way(self, op: Op, phase: str, send: Callable[[], Pending], own: Waiting = ()) -> Iterator[None]:
         """Yields after each leg of the exchange was issued, unless it is brief; returns what has arrived. `own`: weight gradients to run
         meanwhile."""
         while True:
+            with self.tracer.pack(op, phase):
+                arriving = send()
             arriving = self.tracer.issue(op, phase, arriving)
             if own:
                 self._run(op, own)
@@ -172,7 +176,8 @@ class _Step:
                 yield
             if arriving.onward is None:
                 return arriving.wait()
-            arriving = arriving.advance()
+            arriving.land()
+            send = arriving.advance
 
     def _fill(self) -> None:
         """The oldest weight gradients that wait for their action run now: those of one phase."""

@@ -170,6 +170,9 @@ class Pace(Tracer):
         with self.tracer.weights(op, phase), self._lasting(phase, "W"):
             yield
 
+    def pack(self, op: Op, phase: str) -> AbstractContextManager:
+        return self.tracer.pack(op, phase)
+
     @contextmanager
     def _lasting(self, phase: str, kind: str) -> Iterator[None]:
         end = time.monotonic() + self.seconds.get((phase, kind), 0.0)

@@ -90,6 +90,9 @@ class CommunicationPhase(Protocol):
 
     name: str
 
+    def settle(self, *values) -> None:
+        """Before forward: wait for what must be known of peers before anything can be sent."""
+
     def forward(self, saved: list | None, batch: MicroBatch, *values) -> Pending: ...
 
     def backward(self, saved: list, *grads) -> Pending: ...
@@ -137,6 +140,8 @@ class EmptyPhase:
 
     def __init__(self, name: str):
         self.name = name
+
+    def settle(self, *values) -> None: ...
 
     def forward(self, saved: list | None, batch: MicroBatch, *values) -> Pending:
         return Pending(work=None, finish=lambda: values)

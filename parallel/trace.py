@@ -3,7 +3,7 @@
 The executor tells a `Tracer`; the one it has by default does nothing. A `Recorder` keeps spans, and rank 0 gathers those of all ranks:
 a file that Chrome and Perfetto open, a Gantt picture (`launch/report_gantt.py`), and what was measured (`trace_measure.py`).
 
-    compute    a phase's forward or backward, its weight gradients, and what makes an exchange's outcome of the bytes received
+    compute    a phase's forward or backward, its weight gradients, and what an exchange's bytes are packed and unpacked by
     exchange   an all-to-all: from when it was issued until its work was over, waited for or not
     link       a pipeline transfer: "recv" from when it was posted until it was over, or (gloo does not tell) until it had been waited for;
                "send" until its bytes had left, or, where nobody tells, a moment
@@ -59,6 +59,10 @@ class Tracer:
         """Around the weight gradients that a phase's backward left."""
         return _NOTHING
 
+    def pack(self, op: Op, phase: str) -> AbstractContextManager:
+        """Around what a communication phase computes before its bytes are sent, up to their issue."""
+        return _NOTHING
+
     def issue(self, op: Op, phase: str, pending: Pending) -> Pending:
         """A communication phase's pending, just issued; the executor goes on with the one returned."""
         return pending
@@ -100,6 +104,9 @@ class Recorder(Tracer):
 
     def weights(self, op: Op, phase: str) -> AbstractContextManager:
         return self._span("compute", "W", op, phase)
+
+    def pack(self, op: Op, phase: str) -> AbstractContextManager:
+        return self._span("compute", op.kind, op, phase)
 
     def issue(self, op: Op, phase: str, pending: Pending) -> Pending:
         if pending.work is None:

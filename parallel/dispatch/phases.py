@@ -18,12 +18,14 @@ class Dispatch:
     def __init__(self, dispatcher: Dispatcher, observe: Callable[[Routing], None]):
         self.dispatcher, self.observe = dispatcher, observe
 
+    def settle(self, h_TD, u_TD, weight_TK, r, *carried) -> None:
+        self.dispatcher.wait_counts(r)
+
     def forward(self, saved: list | None, batch: MicroBatch, h_TD, u_TD, weight_TK, r, *carried) -> Pending:
         if batch.counted:
             self.observe(r)
         if saved is not None:
             saved.append(r)
-        self.dispatcher.wait_counts(r)
         return self.dispatcher.to_experts(u_TD, weight_TK, r, "F").then(lambda rows, weight: (h_TD, u_TD, rows, weight, r, *carried))
 
     def backward(self, saved: list, grad_h, grad_u, grad_RD, grad_R, _, *carried) -> Pending:
@@ -39,6 +41,8 @@ class Combine:
 
     def __init__(self, dispatcher: Dispatcher):
         self.dispatcher = dispatcher
+
+    def settle(self, *values) -> None: ...
 
     def forward(self, saved: list | None, batch: MicroBatch, y_TD, rows_RD, r, *carried) -> Pending:
         if saved is not None:

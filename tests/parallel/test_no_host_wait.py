@@ -89,6 +89,7 @@ def there_and_back(device, precision, slot_of=None, *, waiting=no_waiting):
         attention.forward(None, batch, x_TD)  # what is made once, and kept, may come from the host
         with waiting(device):
             routed = attention.forward(saved, batch, x_TD)
+            dispatch.settle(*routed)
             rows = dispatch.forward(saved, batch, *routed).wait()
             (y_TD,) = combine.forward(saved, batch, *experts.forward(saved, batch, *rows)).wait()
             grads = experts.backward(saved, *combine.backward(saved, torch.randn_like(y_TD)).wait())
