@@ -311,8 +311,8 @@ def verdict(runs: Runs) -> str:
         said = f"The aim is met: the whole interval of FP8, {fp8}, is within {AIM} %."
     else:
         said = f"The mean difference of FP8, {fp8.mean:+.3f} %, is within {AIM} %; its interval, {fp8}, is not: these seeds do not decide."
-    zero = "includes" if fp8.low <= 0 <= fp8.high else "does not include"
-    return f"{said}\nIt {zero} no difference at all. The control's interval is {control}."
+    zero = "inside" if fp8.low <= 0 <= fp8.high else "outside"
+    return f"{said}\nZero is {zero} its interval. The control's is {control}."
 
 
 def setting(options: argparse.Namespace) -> str:
