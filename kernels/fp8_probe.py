@@ -34,7 +34,7 @@ class Probe:
         self._rows: Tensor | None = None
 
     def forward(self, rows_RI: Tensor, cast: Quantised, blocks: Quantised, out_RO: Tensor) -> None:
-        self._rows = self._own(rows_RI)
+        self._rows = self._own(rows_RI).clone()  # theirs may be given up before backward, to be made again
         self._cast("input", self._rows, cast, lambda q: self._own(dequantise_rows(q, torch.float32)))
         self._cast("weight", self.weight, blocks, _dequantise_each)
         self._error("forward.error", self._own(out_RO), self._own(self._product(rows_RI, self.weight)))

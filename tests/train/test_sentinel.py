@@ -60,6 +60,12 @@ def test_blocks_take_turns():
     assert [loss for *_, loss in every_other] == [loss for *_, loss in found], "looking changes nothing"
 
 
+@pytest.mark.parametrize("recompute", ["[norm,mla_up,swiglu]", "[attention,experts]"])
+def test_what_is_made_again_is_seen_as_well(recompute):
+    (kept,), (again,) = (fork_ranks(1, steps, ["precision.sentinel_interval=1", *more]) for more in ([], [f"train.recompute={recompute}"]))
+    assert [look for look, *_ in again] == [look for look, *_ in kept]
+
+
 def test_a_block_leaves_fp8():
     """By a limit that every block breaks: from the next step on its products are BF16's, those of others still FP8's."""
     words = ["precision.sentinel_interval=1", "precision.sentinel_max_error=0.01"]
