@@ -172,8 +172,8 @@ def test_a_run_whose_program_is_gone_is_not_begun(script, tmp_path, monkeypatch)
 # ---------------------------------------------------------------- page
 
 
-def test_the_page_keeps_what_is_around_the_result(script, tmp_path):
-    pytest.importorskip("matplotlib", reason="the picture needs the extra `bench`")
+def test_the_page_keeps_what_is_around_the_result(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "plot", lambda runs, path: path.write_text("a picture"))  # drawn with the extra `bench`
     page, runs = tmp_path / "fp8.md", runs_of(fp8=[0.1, 0.2], control=[0.0, 0.1])
     options = argparse.Namespace(page=page, width=128, steps=4, seeds=2, held_out=4)
     page.write_text(f"above\n{script.BEGIN}\nfrom before\n{script.END}\nbelow\n")

@@ -45,5 +45,8 @@ def test_traced_steps(tmp_path):
             assert count("link", "recv") == count("link", "send")
             assert count("pair", "F&B") > 0 and count("compute", "W") > 0
             assert all(0 <= s.start <= s.end for s in mine)
+            work = lambda s: (s.kind, s.stage, s.micro_batch, s.phase)
+            packed = {work(s): s.end for s in reversed(mine) if s.what == "compute"}  # the first of each
+            assert all(packed[work(s)] <= s.start for s in mine if s.what == "exchange"), "packing is a rank's own work"
     events = json.loads((tmp_path / "traced" / "traces" / "step_4.json").read_text())["traceEvents"]
     assert {e["pid"] for e in events} == {0, 1, 2, 3}

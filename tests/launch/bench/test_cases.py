@@ -139,7 +139,6 @@ def test_row_wise_operands():
 
 def test_transformers_layer_has_the_same_weights():
     """Its output agrees with ours, which it can only with every weight in its place."""
-    pytest.importorskip("transformers")
     case = next(case for case in CASES if case.op.startswith("moe layer bf16"))
     args = case.make(Maker(CPU))
     [peer] = case.peers
