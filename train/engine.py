@@ -19,7 +19,7 @@ from ..kernels.fp8_weights import WeightCache
 from ..kernels.grouped import row_alignment
 from ..kernels.ops import Ops
 from ..kernels.weight_grad import WeightGradStore
-from ..parallel.dispatch import make_dispatcher
+from ..parallel.dispatch import Dispatcher, make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
 from ..parallel.optimizer.make import make_optimizer
@@ -56,11 +56,15 @@ class StepResult:
 
 
 class Watch:
-    """Looks on at each step, and may decide which experts tokens go to: for proofs. This one does neither."""
+    """Looks on at each step, and may decide which experts tokens go to, and by what way: for proofs. This one decides nothing."""
 
     def routing(self, step: int, samples: Sequence[int]) -> Callable[..., Tensor] | None:
         """`MicroBatch.choose` of the micro-batch that holds these samples of the stream, in step `step` of the run (0 is the first)."""
         return None
+
+    def dispatcher(self, made: Dispatcher) -> Dispatcher:
+        """What takes its place."""
+        return made
 
     def begun(self, engine: "Engine") -> None:
         """Weights are as initialised, or as loaded."""
@@ -117,6 +121,7 @@ class Engine:
         fp8 = self.ops.fp8 is not None
         align = row_alignment(self.dtype, fp8=fp8)
         dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep, fp8=fp8, transport=self.transport)
+        dispatcher = self.watch.dispatcher(dispatcher)
         balance = Balance(sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens)
         layers = stage_layers(c)
         stages: dict[int, Stage] = {}

@@ -18,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...conf.schema import Config
+from ...parallel.dispatch import Dispatcher
 from ...parallel.optimizer.zero import Chunk
 from ...train import trainer
 from ...train.engine import Engine, StepResult, Watch
 from ..local import fork_ranks
+from .by_nodes import AddedByNodes
 from .evidence import Choose, Evidence, Step
 
 
@@ -66,9 +68,12 @@ class View:
 
 
 class Recorder(Watch):
-    def __init__(self, config: Config, choose: Choose | None):
-        self.batch, self.choose, self.view = config.sequences_per_step, choose, None
+    def __init__(self, config: Config, choose: Choose | None, nodes: int):
+        self.batch, self.choose, self.nodes, self.view = config.sequences_per_step, choose, nodes, None
         self._grads: Pieces | None = None
+
+    def dispatcher(self, made: Dispatcher) -> Dispatcher:
+        return AddedByNodes(made, self.nodes) if self.nodes > 1 else made
 
     def begun(self, engine: Engine) -> None:
         first = Pieces.of(engine, engine.chunks(saving=True))
@@ -105,19 +110,22 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def run(config: Config, choose: Choose | None = None, fault: Callable[[], None] | None = None, timeout_s: float = 300.0) -> list[View]:
+def run(
+    config: Config, choose: Choose | None = None, fault: Callable[[], None] | None = None, timeout_s: float = 300.0, nodes: int = 1
+) -> list[View]:
     """A session of `config` on as many forked ranks as it wants. `fault()`: called first on each rank, to break something on purpose.
+    `nodes`: of one rank, that it adds up copies as so many nodes would.
 
     Raises RankFailed where a rank raises, dies or hangs.
     """
-    return fork_ranks(config.parallel.world_size, _rank, config, choose, fault, timeout_s=timeout_s)
+    return fork_ranks(config.parallel.world_size, _rank, config, choose, fault, nodes, timeout_s=timeout_s)
 
 
-def _rank(config: Config, choose: Choose | None, fault: Callable[[], None] | None) -> View:
+def _rank(config: Config, choose: Choose | None, fault: Callable[[], None] | None, nodes: int) -> View:
     if fault is not None:
         fault()
     torch.manual_seed(zlib.crc32(f"{config.run_dir} {dist.get_rank()}".encode()))  # forks have the same: what is not restored shows
-    recorder = Recorder(config, choose)
+    recorder = Recorder(config, choose, nodes)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.run(config, torch.device("cpu"), log=lambda line: None, watch=recorder)
     return recorder.view

@@ -1,7 +1,8 @@
 """One case proved: trained on its layout, gone on with on another, exported; and each of these held against the reference.
 
 The reference in FP64 and FP32 is the plain model (`plain.py`). Where rounding is part of the algorithm (BF16 weights or moments) it is
-one process of this code in the same precision, and both take the plain model's choice of experts.
+one process of this code in the same precision, which adds up by nodes where the case does (`by_nodes.py`); and both take the plain
+model's choice of experts.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from ...train.interop.hf_format import weight_shapes
 from ...train.model.decoder import DTYPES, initial_weight
 from ..local import RankFailed, fork_ranks
 from . import observe, plain
+from .by_nodes import nodes_of
 from .cases import Case, changed
 from .certificate import Result, measure
 from .compare import LIMITS, Deviation, Limits, compare, near_ties, resumed, worst
@@ -158,12 +160,14 @@ def limits_of(config: Config) -> Limits:
 
 def reference(config: Config, routing: str, folder: Path) -> Reference:
     """Made once for all cases that share it, kept in `folder`."""
-    alone = changed(config, ALONE)
-    key = hashlib.sha256((to_yaml(changed(alone, ["run_dir=x", "data.cache_dir=x"])) + routing).encode()).hexdigest()[:16]
+    alone, rounded = changed(config, ALONE), limits_of(config) not in (LIMITS["fp64"], LIMITS["fp32"])
+    nodes = nodes_of(config) if rounded else 1
+    same = to_yaml(changed(alone, ["run_dir=x", "data.cache_dir=x"]))
+    key = hashlib.sha256(f"{same} {routing} {nodes}".encode()).hexdigest()[:16]
     path = folder / f"{key}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = _make_reference(alone, routing, folder / f"{key}.{time.monotonic_ns()}")
+        made = _make_reference(alone, routing, folder / f"{key}.{time.monotonic_ns()}", rounded, nodes)
         torch.save(made, partial := path.with_suffix(f".{time.monotonic_ns()}"))
         partial.rename(path)
     evidence, trace, logits, forced = torch.load(path, weights_only=False)  # written above
@@ -171,15 +175,15 @@ def reference(config: Config, routing: str, folder: Path) -> Reference:
     return Reference(evidence=evidence, choose=choose if forced else make(routing, config), logits=logits, trace=choose)
 
 
-def _make_reference(alone: Config, routing: str, folder: Path) -> tuple[Evidence, dict, Tensor | None, bool]:
+def _make_reference(alone: Config, routing: str, folder: Path, rounded: bool, nodes: int) -> tuple[Evidence, dict, Tensor | None, bool]:
     rows, first = rows_of(alone), first_of(alone)
     choose = make(routing, alone)
     evidence = plain.train(alone, first, rows, choose)
     trace = trace_of(evidence)
-    if limits_of(alone) in (LIMITS["fp64"], LIMITS["fp32"]):
+    if not rounded:
         return evidence, trace, plain.logits(alone.model, evidence.steps[-1].tensors, tokens_of(alone, rows)), False
     config = in_folder(alone, folder)
-    evidence = observe.gather(observe.run(config, replay(trace)), config)
+    evidence = observe.gather(observe.run(config, replay(trace), nodes=nodes), config)
     logits = _exported_logits(config, folder)
     shutil.rmtree(folder)
     return evidence, trace, None if isinstance(logits, str) else logits, True
