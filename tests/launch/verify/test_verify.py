@@ -113,7 +113,7 @@ def test_autoep_gets_the_same_certificate(tmp_path):
 
 
 def test_rounding_by_nodes(tmp_path):
-    """Where each node's sum is rounded on its way back, the reference rounds there too: in FP8 one step beside it is 0.9 % of the norm off."""
+    """Where each node's sum is rounded on its way back, the reference rounds there too. In FP8 the norm would be 0.9 % off without that."""
     words = ("precision=fp8", "train.steps=1", "train.global_batch_tokens=64")
     case = Case(layout="ep4/hierarchical", options=words, base=USUAL)
     verdict = prove(case, "", tmp_path / "case")
