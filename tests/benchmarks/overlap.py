@@ -37,7 +37,7 @@ from shoestring.parallel.trace_measure import length, measure, union
 from shoestring.train.engine import Engine
 
 # Slots of one block's phases. even: every slot of a pair balances. trace: the shares of DeepSeek's published trace.
-PACES = {
+SLOTS = {
     "even": {
         ("attention", "F"): 1, ("experts", "F"): 0.5, ("experts", "B"): 1, ("experts", "W"): 0.5, ("attention", "B"): 0.5,
         ("attention", "W"): 0.5, ("dispatch", "F"): 1, ("combine", "F"): 1, ("combine", "B"): 1, ("dispatch", "B"): 1,
@@ -47,6 +47,8 @@ PACES = {
         ("attention", "W"): 0.307, ("dispatch", "F"): 0.935, ("combine", "F"): 1.213, ("combine", "B"): 0.806, ("dispatch", "B"): 1.046,
     },
 }  # fmt: skip
+# With the blocks of a stage, which are four in the trace.
+PACES = {"even": (SLOTS["even"], 1), "trace": (SLOTS["trace"], 1), "trace, 4 blocks": (SLOTS["trace"], 4)}
 CHUNK = {(phase, kind): 1 for phase in ("attention", "experts") for kind in "FBW"}  # F = I = W = 2, B = 4
 EXCHANGES = ("dispatch", "combine")
 MODES = ("no latency", "overlap", "no overlap")
@@ -80,6 +82,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--paces", nargs="+", choices=PACES, default=list(PACES), help="of `paced` (default: all)")
     parser.add_argument("--micro-batches", type=int, default=64, help="of a step of `paced` and `real` (default 64)")
     parser.add_argument("--slot-ms", type=float, default=20.0, help="of `paced` and `bubbles` (default 20)")
     parser.add_argument("--runs", type=int, default=5, help="interleaved, of everything (default 5)")
@@ -102,6 +105,7 @@ def setting(options: argparse.Namespace) -> str:
 
 def command(options: argparse.Namespace) -> str:
     chosen = ["--parts", *options.parts] if set(options.parts) < set(PARTS) else []
+    chosen += ["--paces", *options.paces] if set(options.paces) < set(PACES) else []
     chosen += ["--micro-batches", str(options.micro_batches), "--slot-ms", f"{options.slot_ms:g}", "--runs", str(options.runs)]
     return shlex.join([*chosen, "--page", str(options.page)])
 
@@ -118,11 +122,11 @@ class NoOverlap(Pace):
         return pending
 
 
-def configured(words: str, *, micro_batches: int, sequences: int = 1) -> Config:
-    """Only MoE blocks, one in each stage."""
+def configured(words: str, *, micro_batches: int, sequences: int = 1, blocks: int = 1) -> Config:
+    """Only MoE blocks, so many in each stage."""
     base = load(["model=micro", "data=synthetic", *words.split()])
     tokens = micro_batches * sequences * base.data.seq_len * base.parallel.dp
-    more = [f"model.num_layers={base.parallel.num_stages}", f"model.num_dense_layers=0 train.micro_batch_sequences={sequences}"]
+    more = [f"model.num_layers={blocks * base.parallel.num_stages}", f"model.num_dense_layers=0 train.micro_batch_sequences={sequences}"]
     return load(["model=micro", "data=synthetic", *words.split(), *" ".join(more).split(), f"train.global_batch_tokens={tokens}"])
 
 
@@ -183,22 +187,23 @@ def numbers(spans: Sequence[Span]) -> dict[str, float | None]:
 
 def paced(options: argparse.Namespace) -> tuple[dict, list[Span]]:
     """{pace: {mode: runs}}, and the first overlapped step's spans."""
-    return fork_ranks(4, paced_rank, options.micro_batches, options.slot_ms / 1e3, options.runs, timeout_s=3600)[0]
+    slot = options.slot_ms / 1e3
+    of_paces = [fork_ranks(4, paced_rank, pace, options.micro_batches, slot, options.runs, timeout_s=7200)[0] for pace in options.paces]
+    return {pace: found for pace, (found, _) in zip(options.paces, of_paces)}, of_paces[0][1]
 
 
-def paced_rank(micro_batches: int, slot: float, runs: int):
+def paced_rank(pace: str, micro_batches: int, slot: float, runs: int) -> tuple[dict[str, list], list[Span] | None]:
+    (slots, blocks), num = PACES[pace], micro_batches
     words = "parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipev parallel.chunks=2 data.seq_len=8"
-    config = configured(words, micro_batches=micro_batches)
-    engine, tracer = Engine(config), Recorder(dist.get_rank())
+    engine, tracer = Engine(configured(words, micro_batches=num, blocks=blocks)), Recorder(dist.get_rank())
     traced(engine, tracer, tracer)  # first calls are slow
-    found, step = {name: {mode: [] for mode in MODES} for name in PACES}, None
-    for _ in range(runs):
-        for name, mode in ((name, mode) for name in PACES for mode in MODES):
-            seconds = {key: slot * slots for key, slots in PACES[name].items() if mode != "no latency" or key[0] not in EXCHANGES}
-            spans = traced(engine, tracer, (NoOverlap if mode == "no overlap" else Pace)(tracer, seconds))
-            if spans:
-                found[name][mode].append(numbers(spans))
-                step = spans if (name, mode) == ("even", "overlap") and step is None else step
+    found, step = {mode: [] for mode in MODES}, None
+    for _, mode in ((i, mode) for i in range(runs) for mode in MODES):
+        seconds = {key: slot * n for key, n in slots.items() if mode != "no latency" or key[0] not in EXCHANGES}
+        spans = traced(engine, tracer, (NoOverlap if mode == "no overlap" else Pace)(tracer, seconds))
+        if spans:
+            found[mode].append(numbers(spans))
+            step = spans if mode == "overlap" and step is None else step
     return found, step
 
 
@@ -312,7 +317,7 @@ def node_rank(num_nodes: int, runs: int) -> list[dict]:
 def pairs_rank(slot: float, runs: int) -> dict[str, dict[str, list]]:
     """{dispatcher: {mode: runs}}: compute in even slots, and links on which an exchange takes one."""
     tracer, num, cases = Recorder(dist.get_rank()), 8, []
-    compute = {key: slot * slots for key, slots in PACES["even"].items() if key[0] not in EXCHANGES}
+    compute = {key: slot * slots for key, slots in SLOTS["even"].items() if key[0] not in EXCHANGES}
     for dispatcher in DISPATCHERS:
         words = "parallel.schedule=dualpipev parallel.chunks=2 data.seq_len=64"
         engine, fabric = on_nodes(words, num_nodes=2, dispatcher=dispatcher, micro_batches=num)
