@@ -189,8 +189,8 @@ Four processes, pp 2 x ep 2, DualPipeV, one block a stage or, as in the trace, f
 tiny real ones, which sleep for the rest of it, so that ranks do not take each other's cores. That proves order and overhead, not hardware:
 real kernels slow each other down. In one step communication takes as long as compute. `even`: every slot of a pair balances; `trace`: the
 shares of DeepSeek's published trace, whose slots do not: combine of the backward takes 0.81 slots, and only the forward's attention, 0.56,
-is beside it where a pair begins. With one block a stage that leaves 7.4 % of a pair's exchanges bare, whatever runs them. With four it is so
-for the first; beside the others run the weight gradients of the block before.
+is beside it where a pair begins. With one block a stage that leaves 7.4 % of a pair's exchanges bare, whatever runs them. With four it is
+so for the first; beside the others run the weight gradients of the block before.
 
 ```text
 {of["paced"]}
