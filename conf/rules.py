@@ -32,7 +32,8 @@ _POSITIVE = [
     *_fields("optim", "lr eps clip"),
     *_fields("train", "steps global_batch_tokens micro_batch_sequences eval_sequences"),
     *_fields("checkpoint", "keep_last"),
-    *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s"),
+    *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s mttf_gpu_hours checkpoint_gb_s"),
+    *_fields("cluster.rates", "tile sms compute_beside_exchange exchange_beside_compute intra_node inter_node"),
     *_fields("launch", "threads timeout_s log_interval"),
     "precision.sentinel_max_error",
 ]
@@ -42,7 +43,8 @@ _NOT_NEGATIVE = [
     *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef mtp_weight"),
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
-    "cluster.price_per_gpu_hour", "data.tokenizer.vocab_size",
+    "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size", "stack.host_us_per_layer",
+    *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),
 ]  # fmt: skip
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
 _CHOICES = {
@@ -206,9 +208,15 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name, source in c.data.sources.items():
         if not 0 < source.weight < math.inf:
             yield f"data.sources.{name}.weight", "must be positive and finite"
-    for name, peak in c.cluster.peak_tflops.items():
-        if not 0 < peak < math.inf:
-            yield f"cluster.peak_tflops.{name}", "must be positive and finite"
+    for table in ("cluster.peak_tflops", *_fields("cluster.rates", "products attention memory")):
+        for name, value in get(c, table).items():
+            if not 0 < value < math.inf:
+                yield f"{table}.{name}", "must be positive and finite"
+    if not 0 <= c.stack.hidden <= 1:
+        yield "stack.hidden", "is a share: from 0 to 1"
+    for name, term in c.stack.terms.items():
+        if not 0 <= term.low <= term.likely <= term.high < math.inf:
+            yield f"stack.terms.{name}.likely", f"must be from low = {term.low:g} to high = {term.high:g}, and none negative"
     for name, allowed in _CHOICES.items():
         if get(c, name) not in allowed:
             yield name, f"must be one of {', '.join(allowed)}"

@@ -13,7 +13,8 @@ from .errors import ConfigError, choose, closest, divisors
 
 __all__ = [
     "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "LaunchConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PrecisionConfig", "RampConfig", "Section", "SourceConfig", "TokenizerConfig", "TrainConfig", "YarnConfig",
+    "ParallelConfig", "PrecisionConfig", "RampConfig", "RatesConfig", "Section", "SourceConfig", "StackConfig", "TermConfig",
+    "TokenizerConfig", "TrainConfig", "YarnConfig",
     "choose", "closest", "divisors",
 ]  # fmt: skip
 
@@ -284,6 +285,34 @@ class CheckpointConfig(Section):
 
 
 @dataclass(kw_only=True)
+class RatesConfig(Section):
+    """What software reaches of a device's figures and of its links': shares of them, 0 to 1, for plans. Defaults are what an H800 reaches,
+    and priors for any other device; conf/cluster/h800.yaml says where each comes from."""
+
+    # Matrix products, by precision; "fp8_wgrad" and so on where weight gradients differ. Share of the peak in products that are deep, and
+    # the depth K at which half of it is reached.
+    products: dict[str, float] = field(default_factory=lambda: {"fp8": 0.7, "fp8_wgrad": 0.477, "bf16": 0.75, "fp32": 0.75, "fp64": 0.75})
+    products_half: dict[str, float] = field(default_factory=lambda: {"fp8": 560, "fp8_wgrad": 480, "bf16": 250, "fp32": 100, "fp64": 100})
+    tile: int = 128  # of the result, edges of what one SM computes at a time
+    # Attention's core, of the peak in its precision: forward, backward; half at the sequence length named.
+    attention: dict[str, float] = field(default_factory=lambda: {"forward": 0.667, "backward": 0.505})
+    attention_half: float = 770.0
+    # Of the memory's rate: by kind of operator; "other" for those without one.
+    memory: dict[str, float] = field(
+        default_factory=lambda: {"norm": 0.33, "quantise": 0.34, "permute": 0.7, "sum": 0.5, "swiglu": 0.62, "other": 0.35}
+    )
+    launch_us: float = 5.0  # of each kernel
+    sms: int = 132
+    exchange_sms: int = 20  # of them, for exchanges while they are under way
+    compute_beside_exchange: float = 0.925  # of its rate
+    exchange_beside_compute: float = 0.75
+    intra_node: float = 0.94  # of the links' rate, in large messages
+    inter_node: float = 0.89
+    intra_latency_us: float = 10.0
+    inter_latency_us: float = 25.0
+
+
+@dataclass(kw_only=True)
 class ClusterConfig(Section):
     """What one device is and costs. Figures are the vendor's unless the file says otherwise."""
 
@@ -296,6 +325,32 @@ class ClusterConfig(Section):
     gpus_per_node: int = 8
     intra_node_gb_s: float = MISSING  # per device and direction
     inter_node_gb_s: float = MISSING
+    kw_per_gpu: float = 1.3  # with its share of the node and of cooling
+    # Of each device, hours between what stops a run: 419 interruptions in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783).
+    mttf_gpu_hours: float = 50_700.0
+    restart_minutes: float = 10.0  # from an interruption until the run goes on where its checkpoint is
+    checkpoint_gb_s: float = 2.0  # per device, to storage
+    rates: RatesConfig = field(default_factory=RatesConfig)
+
+
+@dataclass(kw_only=True)
+class TermConfig(Section):
+    """Of what an ideal step leaves out: the likely value, and the interval around it. `source` is where it comes from."""
+
+    low: float = MISSING
+    likely: float = MISSING
+    high: float = MISSING
+    source: str = ""
+
+
+@dataclass(kw_only=True)
+class StackConfig(Section):
+    """What software, and a cluster in use, cost beside kernels and links: for plans. conf/stack/shoestring.yaml has the sources."""
+
+    name: str = MISSING
+    hidden: float = MISSING  # share of an overlapped action's exchanges that is under compute, where there is enough of it
+    host_us_per_layer: float = MISSING  # that the device waits for its host, in each forward and in each backward
+    terms: dict[str, TermConfig] = field(default_factory=dict)  # of launch/simulate; `~stack.terms.NAME` removes one
 
 
 @dataclass(kw_only=True)
@@ -325,6 +380,7 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     phases: dict[str, "Config"] = field(default_factory=dict)
 
