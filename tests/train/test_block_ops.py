@@ -9,7 +9,8 @@ from shoestring.kernels import grouped, rms_norm, swiglu
 from shoestring.kernels.row_maps import rows_bound
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.phases import MicroBatch
-from shoestring.train.block_ops import block_ops
+from shoestring.train import cost
+from shoestring.train.block_ops import block_calls, end_calls, totals
 from shoestring.train.engine import Engine
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -131,11 +132,12 @@ def test_a_block_calls_what_the_table_says(precision, block):
     words, fp8 = [f"precision={precision}", *block], precision == "fp8"
     m = load([*BASE, *words]).model
     rows = rows_bound(T * m.top_k, m.num_experts, 128 if fp8 else 32)  # counters do not know which of them are nobody's
-    ops = block_ops(m, 0, tokens=T, fp8=fp8, rows=rows)
+    calls = block_calls(m, 0, tokens=T, seq_len=S, fp8=fp8, rows=rows)
+    before, after = totals([c for c in calls if c.when == "F"]), totals([c for c in calls if c.when != "F"])
     ((forward, step),) = fork_ranks(1, measured, words)
     not_kept = {"pack_e5m6"}  # where there is no backward
     uncounted = set() if fp8 else {"matmul", "grouped_matmul", "add_outer"}  # torch's own: their FLOPs are counted
-    for found, parts, left_out in ((forward, [ops.forward], not_kept), (step, [ops.forward, ops.backward], set())):
+    for found, parts, left_out in ((forward, [before], not_kept), (step, [before, after], set())):
         *tallies, flops = table(m, fp8, *parts)
         for got, wanted in zip(found, tallies):
             assert got == {name: number for name, number in wanted.items() if name not in uncounted | left_out}
@@ -143,9 +145,41 @@ def test_a_block_calls_what_the_table_says(precision, block):
 
 
 def test_even_routing_is_the_least_that_experts_compute():
-    m = load([*BASE, "model.num_dense_layers=0"]).model
-    even, full = block_ops(m, 0, tokens=T, fp8=True), block_ops(m, 0, tokens=T, fp8=True, rows=rows_bound(T * m.top_k, 8, 128))
-    assert even.forward["grouped_matmul"].flops == 2 * 8 * 128 * 3 * m.dim * m.expert_hidden_dim  # 24 rows each, padded
-    assert (
-        even.forward["grouped_matmul"].flops < full.forward["grouped_matmul"].flops and even.forward["permute"] == full.forward["permute"]
-    )
+    m, usual = load([*BASE, "model.num_dense_layers=0"]).model, dict(tokens=T, seq_len=S, fp8=True)
+    even, full = (totals(block_calls(m, 0, **usual, rows=rows)) for rows in (None, rows_bound(T * m.top_k, 8, 128)))
+    assert even["grouped_matmul"].flops == 2 * 2 * 8 * 128 * 3 * m.dim * m.expert_hidden_dim  # 24 rows each, padded; both ways
+    assert even["grouped_matmul"].flops < full["grouped_matmul"].flops and even["permute"] == full["permute"]
+
+
+@pytest.mark.parametrize("model", ["deepseek_v3 model.mtp_depth=1", "moonlight", "tiny model.num_dense_layers=4"])
+def test_products_are_those_of_the_model(model):
+    """Rows that fill tiles exactly: FLOPs by call are FLOPs by formula, three passes of them, and what the core's backward has beside."""
+    c = load([f"model={model.split()[0]}", *model.split()[1:], "data.seq_len=4096", "model.max_seq_len=4096"])
+    m, tokens = c.model, 4096
+    calls = end_calls(m, tokens=tokens, embed=True, head=True)
+    for layer in range(m.num_blocks):
+        calls += block_calls(m, layer, tokens=tokens, seq_len=4096, fp8=False, ep=m.num_experts // 4, rows=tokens * m.top_k)
+    wanted, core = cost.flops_per_token(m, 4096), m.num_blocks * cost.attention_flops(m, 4096)
+    of = lambda when: sum(call.flops for call in calls if call.when == when and not call.kernel.startswith("attention"))
+    assert of("F") == of("B") == of("W") == pytest.approx(tokens * wanted.matrices)
+    assert sum(call.flops for call in calls if call.kernel == "attention") == pytest.approx(tokens * core)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_recomputed_calls_are_those_of_forward(fp8):
+    m, usual = load([*BASE, "model.num_dense_layers=0"]).model, dict(tokens=T, seq_len=S, fp8=fp8)
+    plain = block_calls(m, 0, **usual)
+    for recompute in (["attention"], ["experts"], ["attention", "experts"], ["norm", "mla_up", "swiglu"]):
+        calls = block_calls(m, 0, **usual, recompute=recompute)
+        assert sorted(c for c in calls if not c.again) == sorted(plain)
+        again, whole = totals([c for c in calls if c.again]), [c for c in plain if c.when == "F" and c.phase in recompute]
+        if whole:
+            assert again == totals(whole)
+        else:
+            assert again["matmul"].count == 2 and {"rms_norm"} <= again.keys() <= {
+                "rms_norm",
+                "rms_norm_quantised",
+                "matmul",
+                "swiglu",
+                "quantise_rows",
+            }
