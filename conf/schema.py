@@ -284,6 +284,9 @@ class CheckpointConfig(Section):
     resume: str = "auto"  # auto: the newest in the run directory, if any | never: refuse a directory that has one | a path
 
 
+MEMORY_SHARES = {"norm": 0.38, "quantise": 0.6, "columns": 0.9, "permute": 0.79, "sum": 0.54, "swiglu": 0.68, "other": 0.46}
+
+
 @dataclass(kw_only=True)
 class RatesConfig(Section):
     """What software reaches of a device's figures and of its links': shares of them, 0 to 1, for plans. Defaults are what an H800 reaches,
@@ -291,16 +294,18 @@ class RatesConfig(Section):
 
     # Matrix products, by precision; "fp8_wgrad" and so on where weight gradients differ. Share of the peak in products that are deep, and
     # the depth K at which half of it is reached.
-    products: dict[str, float] = field(default_factory=lambda: {"fp8": 0.7, "fp8_wgrad": 0.477, "bf16": 0.75, "fp32": 0.75, "fp64": 0.75})
-    products_half: dict[str, float] = field(default_factory=lambda: {"fp8": 560, "fp8_wgrad": 480, "bf16": 250, "fp32": 100, "fp64": 100})
+    products: dict[str, float] = field(
+        default_factory=lambda: {"fp8": 0.7, "fp8_wgrad": 0.43, "bf16": 0.75, "tf32": 0.7, "fp32": 0.75, "fp64": 0.75}
+    )
+    products_half: dict[str, float] = field(
+        default_factory=lambda: {"fp8": 560, "fp8_wgrad": 50, "bf16": 250, "tf32": 250, "fp32": 100, "fp64": 100}
+    )
     tile: int = 128  # of the result, edges of what one SM computes at a time
     # Attention's core, of the peak in its precision: forward, backward; half at the sequence length named.
-    attention: dict[str, float] = field(default_factory=lambda: {"forward": 0.667, "backward": 0.505})
+    attention: dict[str, float] = field(default_factory=lambda: {"forward": 0.72, "backward": 0.545})
     attention_half: float = 770.0
     # Of the memory's rate: by kind of operator; "other" for those without one.
-    memory: dict[str, float] = field(
-        default_factory=lambda: {"norm": 0.33, "quantise": 0.34, "permute": 0.7, "sum": 0.5, "swiglu": 0.62, "other": 0.35}
-    )
+    memory: dict[str, float] = field(default_factory=lambda: dict(MEMORY_SHARES))
     launch_us: float = 5.0  # of each kernel
     sms: int = 132
     exchange_sms: int = 20  # of them, for exchanges while they are under way

@@ -29,4 +29,6 @@ def start(config: Config, place: Place) -> torch.device:
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     check_gpu(config, torch.cuda.get_device_capability(device))
+    # In BF16 only gates are products of FP32: of tokens and weights that TF32 has exactly, summed in FP32; logits' gradients keep 10 bits.
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.compute == "bf16"
     return device

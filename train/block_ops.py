@@ -38,7 +38,7 @@ class Call(NamedTuple):
     bytes: int
     flops: int = 0  # of matrix products and of attention
     rows: int = 0  # of products: (rows, inner) x (inner, outer), `matrices` of them with the rows shared out
-    inner: int = 0
+    inner: int = 0  # of attention: the sequence's length
     outer: int = 0
     matrices: int = 1
     again: bool = False  # recomputed
@@ -177,9 +177,10 @@ class _Block:
             self._again(self.calls[before:])
         flops = int(T * cost.attention_flops(m, self.seq_len))
         moved = w * T * (2 * queries + 2 * heads)
-        self._forward("attention", moved, flops)
+        self._forward("attention", moved, flops, T, self.seq_len)
         # Five products for forward's two: scores again, and the gradients of probabilities, values, queries and keys.
-        self._backward("attention_backward", 2 * moved, flops * (3 * m.qk_head_dim + 2 * m.v_head_dim) // (m.qk_head_dim + m.v_head_dim))
+        flops = flops * (3 * m.qk_head_dim + 2 * m.v_head_dim) // (m.qk_head_dim + m.v_head_dim)
+        self._backward("attention_backward", 2 * moved, flops, T, self.seq_len)
         if self.fp8:
             narrowed = 2 * T * heads + e5m6_bytes(T, heads)
             self._forward("pack_e5m6", narrowed)

@@ -1,0 +1,129 @@
+"""How long each action of a rank's list takes: the executor's own order, on a clock that computes nothing.
+
+It follows parallel/executor.py line by line: what is issued when, what runs meanwhile, what is waited for.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ...parallel.schedule import Action, Op
+from .stage import Compute, Exchange, StageSteps
+
+Waiting = list[tuple[float, float, float]]  # weight gradients of each phase: alone, beside an exchange, of them recomputed
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Of one action. `compute` and `again` (recomputed) are of its `now`; the rest waited for exchanges."""
+
+    now: float = 0.0
+    compute: float = 0.0
+    again: float = 0.0
+    link: float = 0.0  # when the links are free again
+    exchanging: float = 0.0  # seconds of exchanges, one after another
+
+    def run(self, seconds: float, again: float = 0.0) -> None:
+        self.now += seconds
+        self.compute += seconds
+        self.again += again
+
+    def issue(self, seconds: float) -> float:
+        """When it will have arrived. A rank's exchanges share its links."""
+        self.link = max(self.link, self.now) + seconds
+        self.exchanging += seconds
+        return self.link if seconds else self.now
+
+    def wait(self, until: float) -> None:
+        self.now = max(self.now, until)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds of an action: `compute` + `exposed`; `again` is a part of `compute`."""
+
+    seconds: float
+    compute: float
+    again: float
+    exposed: float
+
+
+class RankCosts:
+    """Of one rank's actions, in order. `hidden`: the share of a pair's exchanges that compute can cover. `host`: seconds that the device
+    waits for its host in each pass over a phase."""
+
+    def __init__(self, stages: Sequence[StageSteps], *, hidden: float, host: float, pairs: dict[tuple, Cost] | None = None):
+        self.stages, self.hidden, self.host = stages, hidden, host
+        self.deferred: dict[tuple[int, int], Waiting] = {}
+        self.pairs = {} if pairs is None else pairs  # by their ops' kinds and stages: alike for every micro-batch
+
+    def of(self, actions: Sequence[Action]) -> list[Cost]:
+        return [self._pair(action) if len(action) > 1 else self._alone(action[0]) for action in actions]
+
+    def _pair(self, action: Action) -> Cost:
+        forward, backward = action
+        key = tuple((op.kind, op.stage) for op in action)
+        if key not in self.pairs or backward.kind == "I":  # an I leaves weight gradients of its own
+            clock, beside = Clock(), self._exchanges(forward.stage) or self._exchanges(backward.stage)
+            running = [self._backward(clock, backward, beside), self._forward(clock, forward, beside)]
+            done = object()
+            while running:
+                running = [step for step in running if next(step, done) is not done]
+            # Of what compute could cover, software leaves some bare.
+            seconds = max(clock.now, clock.compute + (1 - self.hidden) * clock.exchanging)
+            self.pairs[key] = Cost(seconds=seconds, compute=clock.compute, again=clock.again, exposed=seconds - clock.compute)
+        return self.pairs[key]
+
+    def _alone(self, op: Op) -> Cost:
+        clock = Clock()
+        if op.kind == "W":
+            for seconds, _, again in self.deferred.pop((op.stage, op.micro_batch)):
+                clock.run(seconds, again)
+        else:
+            for _ in (self._forward if op.kind == "F" else self._backward)(clock, op, False):
+                pass
+        return Cost(seconds=clock.now, compute=clock.compute, again=clock.again, exposed=clock.now - clock.compute)
+
+    def _exchanges(self, stage: int) -> bool:
+        return any(isinstance(step, Exchange) and step.alone for step in self.stages[stage])
+
+    def _forward(self, clock: Clock, op: Op, beside: bool) -> Iterator[None]:
+        for step in self.stages[op.stage]:
+            if isinstance(step, Compute):
+                busy = step.of("F", beside)
+                clock.run(busy.seconds + self.host, busy.again)
+            else:
+                yield from self._under_way(clock, step, "F", beside, [])
+
+    def _backward(self, clock: Clock, op: Op, beside: bool) -> Iterator[None]:
+        later = op.kind == "I"
+        waiting: Waiting = self.deferred.setdefault((op.stage, op.micro_batch), []) if later else []
+        for step in reversed(self.stages[op.stage]):
+            if isinstance(step, Compute):
+                busy, weights = step.of("B", beside), step.of("W", beside)
+                clock.run(busy.seconds + self.host, busy.again)
+                waiting.append((step.of("W", False).seconds, weights.seconds, weights.again))
+            else:
+                yield from self._under_way(clock, step, "B", beside, [] if later else waiting)
+        if not later:
+            self._weights(clock, waiting, beside)
+
+    def _under_way(self, clock: Clock, step: Exchange, when: str, beside: bool, own: Waiting) -> Iterator[None]:
+        arrival = clock.issue(step.of(when, beside))
+        if own:
+            self._weights(clock, own, beside)
+        elif not beside and step.alone:
+            self._fill(clock)
+        yield
+        clock.wait(arrival)
+
+    def _fill(self, clock: Clock) -> None:
+        """The oldest that wait for their action."""
+        for waiting in self.deferred.values():
+            if waiting:
+                _, seconds, again = waiting.pop(0)
+                return clock.run(seconds, again)
+
+    def _weights(self, clock: Clock, waiting: Waiting, beside: bool) -> None:
+        for alone, under, again in waiting:
+            clock.run(under if beside else alone, again)
+        waiting.clear()

@@ -1,0 +1,64 @@
+"""A whole run, projected: steps, checkpoints, failures; days, dollars and kilowatt-hours."""
+
+from dataclasses import dataclass
+
+from ...conf.schema import Config
+from ...train import cost
+from .step import Interval, StepEstimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """Of `tokens`. Every interval is the step's."""
+
+    tokens: float
+    gpus: int
+    tokens_per_second_per_gpu: Interval
+    mfu: Interval | None  # causal attention, useful FLOPs: cost.mfu's
+    mfu_full: Interval | None  # all S x S of attention counted, as some papers do
+    gpu_hours_per_trillion_tokens: Interval
+    effective: float  # share of time that trains: the rest is checkpoints, lost work and restarts
+    days: Interval
+    dollars: Interval
+    kwh: Interval
+
+
+def project_run(config: Config, step: StepEstimate, tokens: float) -> RunEstimate:
+    gpus, m, seq_len = cost.num_devices(config), config.model, config.data.seq_len
+    speed = step.expected.map(lambda seconds: step.tokens / seconds / gpus)
+    effective = effective_share(config, step.expected.likely)
+    hours = step.expected.map(lambda seconds: seconds / step.tokens * tokens / 3600 / effective)
+    known = cost.mfu(1.0, config) is not None
+    flops = cost.flops_per_token(m, seq_len)
+    full = 1 + 3 * flops.attention * (2 * seq_len / (seq_len + 1) - 1) / flops.total
+    return RunEstimate(
+        tokens=tokens,
+        gpus=gpus,
+        tokens_per_second_per_gpu=speed,
+        mfu=speed.map(lambda s: cost.mfu(s, config)) if known else None,
+        mfu_full=speed.map(lambda s: cost.mfu(s, config) * full) if known else None,
+        gpu_hours_per_trillion_tokens=step.expected.map(lambda seconds: seconds / step.tokens * 1e12 / 3600 * gpus),
+        effective=effective,
+        days=hours.map(lambda h: h / 24),
+        dollars=hours.map(lambda h: cost.dollars(h * 3600, gpus, config.cluster)),
+        kwh=hours.map(lambda h: h * gpus * config.cluster.kw_per_gpu),
+    )
+
+
+def effective_share(config: Config, step_seconds: float) -> float:
+    """Of the time that devices are held: half an interval between checkpoints is lost with each failure, and a restart; and what a
+    checkpoint keeps waiting (none where it is written beside the next steps)."""
+    c = config.cluster
+    mttf = c.mttf_gpu_hours * 3600 / cost.num_devices(config)
+    interval = config.checkpoint.interval * step_seconds if config.checkpoint.interval else 0.0
+    lost = (interval / 2 + c.restart_minutes * 60) / mttf
+    return max(0.0, 1 - lost) / (1 + checkpoint_seconds(config) / interval if interval else 1)
+
+
+def checkpoint_seconds(config: Config) -> float:
+    """That a step waits for one."""
+    if config.checkpoint.async_save:
+        return 0.0
+    params = cost.num_params(config.model).trained
+    moment = cost.ELEMENT_BYTES[config.optim.moment_precision(config.precision.compute)]
+    return params * (4 + 2 * moment) / cost.num_devices(config) / (config.cluster.checkpoint_gb_s * 1e9)

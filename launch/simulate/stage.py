@@ -1,0 +1,182 @@
+"""What each pipeline stage computes and exchanges for one micro-batch, in seconds: a list of steps, as the executor's phases are.
+
+T tokens of a micro-batch   D model dim   K top-k   G nodes that share the experts
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ...conf.schema import Config
+from ...kernels.quantise import rows_bytes
+from ...train import block_ops, cost
+from ...train.block_ops import Call
+from ...train.engine import stage_layers
+from .rates import Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Busy:
+    """Seconds of compute; `again`: of them, recomputation."""
+
+    seconds: float = 0.0
+    again: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """A phase, by pass: alone, and beside an exchange."""
+
+    name: str
+    alone: dict[str, Busy]
+    beside: dict[str, Busy]
+
+    def of(self, when: str, beside: bool) -> Busy:
+        return (self.beside if beside else self.alone).get(when, Busy())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Both directions of one; empty where there is none: it keeps the place, as in a dense block."""
+
+    name: str
+    alone: dict[str, float]
+    beside: dict[str, float]
+
+    def of(self, when: str, beside: bool) -> float:
+        return (self.beside if beside else self.alone).get(when, 0.0)
+
+
+StageSteps = tuple[Compute | Exchange, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """`rows`: of the rank whose experts have the most, over the mean; all wait for it in every exchange. `compute`, `links`: times what
+    kernels, and exchanges, would take."""
+
+    rows: float = 1.0
+    compute: float = 1.0
+    links: float = 1.0
+
+
+def stages(config: Config, rates: Rates, load: Load) -> list[StageSteps]:
+    """Of every pipeline stage."""
+    m, layers, slower = config.model, stage_layers(config), load.compute
+    block = cache(lambda kind: _block(config, rates, load, kind))  # blocks of a kind are alike
+    made = []
+    for index, blocks in enumerate(layers):
+        first, last = index == 0, index == len(layers) - 1
+        steps: list[Compute | Exchange] = [_ends(config, rates, slower, "embed")] if first else []
+        for layer in (layer for layer in blocks if layer < m.num_layers):
+            steps += block(min(layer, m.num_dense_layers))
+        if last:
+            steps.append(_ends(config, rates, slower, "head"))
+            for layer in (layer for layer in blocks if layer >= m.num_layers):
+                steps += [_ends(config, rates, slower, "predict"), *block(min(layer, m.num_dense_layers))]
+        made.append(tuple(steps))
+    return made
+
+
+def micro_batch_tokens(config: Config) -> int:
+    return config.train.micro_batch_sequences * config.data.seq_len
+
+
+def _block(config: Config, rates: Rates, load: Load, layer: int) -> StageSteps:
+    c, m = config, config.model
+    tokens, routed = micro_batch_tokens(c), cost.block_params(m, layer).router > 0
+    exchanged = routed and c.parallel.ep > 1
+    calls = block_ops.block_calls(
+        m, layer, tokens=tokens, seq_len=c.data.seq_len, fp8=c.precision.linear == "fp8", width=cost.ELEMENT_BYTES[c.precision.compute],
+        ep=c.parallel.ep if routed else 1, recompute=c.train.recompute, sent=sent_rows(c) if exchanged else 0,
+        rows=load.rows * tokens * m.top_k if exchanged else None,
+    )  # fmt: skip
+    phases = [_compute(name, [call for call in calls if call.phase == name], rates, load.compute) for name in ("attention", "experts")]
+    exchanges = [_exchange(c, rates, load, name, exchanged) for name in ("dispatch", "combine")]
+    return phases[0], exchanges[0], phases[1], exchanges[1]
+
+
+def _ends(config: Config, rates: Rates, slower: float, phase: str) -> Compute:
+    m, width = config.model, cost.ELEMENT_BYTES[config.precision.compute]
+    calls = block_ops.end_calls(m, tokens=micro_batch_tokens(config), width=width, embed=phase == "embed", head=phase != "embed")
+    modules = m.mtp_depth if phase == "predict" else 1  # all are alike
+    return _compute(phase, [call for call in calls if call.phase == phase], rates, slower / modules)
+
+
+def _compute(name: str, calls: Sequence[Call], rates: Rates, slower: float) -> Compute:
+    def by_pass(beside: bool) -> dict[str, Busy]:
+        timed = [(call, slower * rates.seconds(call, beside=beside)) for call in calls]
+        sums = lambda when, chosen: sum(seconds for call, seconds in timed if call.when == when and chosen(call))
+        return {when: Busy(seconds=sums(when, lambda c: True), again=sums(when, lambda c: c.again)) for when in "FBW"}
+
+    return Compute(name=name, alone=by_pass(False), beside=by_pass(True))
+
+
+# ---------------------------------------------------------------- exchanges
+
+
+def dispatcher_of(config: Config) -> str:
+    name = config.parallel.dispatcher
+    return name if name != "auto" else "alltoall" if config.parallel.ep > 1 else "local"
+
+
+def sent_rows(config: Config) -> float:
+    """That a rank gathers in order to send them, in each exchange to experts."""
+    if dispatcher_of(config) == "deepep":
+        return 0.0
+    copies = config.model.top_k if dispatcher_of(config) == "alltoall" else distinct_nodes(config)
+    return micro_batch_tokens(config) * copies
+
+
+def distinct_nodes(config: Config) -> float:
+    """On how many nodes a token's experts are, on average, if groups and experts are chosen evenly."""
+    m, nodes = config.model, _nodes(config)
+    if nodes == 1:
+        return 1.0
+    limited = m.num_limited_groups if m.num_groups > 1 else m.num_groups
+    groups_of_node = max(1, m.num_groups // nodes)
+    if m.num_groups <= 1 or m.num_groups < nodes:
+        return nodes * (1 - _missed(m.num_experts, m.num_experts // nodes, m.top_k))
+    # Of a node's groups, none may be among the chosen; or some are, and get no expert.
+    reached, per_group = 0.0, m.num_experts // m.num_groups
+    for chosen in range(1, min(groups_of_node, limited) + 1):
+        ways = math.comb(groups_of_node, chosen) * math.comb(m.num_groups - groups_of_node, limited - chosen)
+        reached += ways / math.comb(m.num_groups, limited) * (1 - _missed(limited * per_group, chosen * per_group, m.top_k))
+    return nodes * reached
+
+
+def _missed(experts: int, held: int, top_k: int) -> float:
+    """Probability that none of `top_k` distinct ones of `experts` is among `held`."""
+    return math.comb(experts - held, top_k) / math.comb(experts, top_k) if experts - held >= top_k else 0.0
+
+
+def _nodes(config: Config) -> int:
+    return max(1, config.parallel.ep // config.cluster.gpus_per_node)
+
+
+def exchange_bytes(config: Config, when: str, name: str) -> tuple[float, float, float]:
+    """What a rank sends in one exchange: (between nodes, inside the node beside it, inside the node after it)."""
+    c, m, ep = config, config.model, config.parallel.ep
+    fp8, width = c.precision.linear == "fp8", cost.ELEMENT_BYTES[c.precision.compute]
+    to_experts = (name, when) in (("dispatch", "F"), ("combine", "B"))
+    row = rows_bytes(1, m.dim) if fp8 and to_experts else m.dim * width
+    tokens, nodes = micro_batch_tokens(c), _nodes(c)
+    in_node = min(ep, c.cluster.gpus_per_node)
+    if dispatcher_of(c) == "alltoall":
+        copies = tokens * m.top_k * row
+        return copies * (ep - in_node) / ep, copies * (in_node - 1) / ep, 0.0
+    across = tokens * distinct_nodes(c) * (nodes - 1) / nodes * row
+    return across, 0.0, tokens * m.top_k * (in_node - 1) / in_node * row
+
+
+def _exchange(config: Config, rates: Rates, load: Load, name: str, exchanged: bool) -> Exchange:
+    if not exchanged:
+        return Exchange(name=name, alone={}, beside={})
+
+    def seconds(when: str, beside: bool) -> float:
+        inter, intra, after = (num * load.rows for num in exchange_bytes(config, when, name))
+        legs = rates.link_seconds(inter, intra, beside=beside), rates.link_seconds(0, after, beside=beside)
+        return load.links * (max(legs) if dispatcher_of(config) == "deepep" else sum(legs))  # DeepEP's legs run at the same time
+
+    return Exchange(name=name, alone={w: seconds(w, False) for w in "FB"}, beside={w: seconds(w, True) for w in "FB"})
