@@ -12,7 +12,6 @@ from ...conf.schema import Config
 from ...kernels.quantise import rows_bytes
 from ...train import block_ops, cost
 from ...train.block_ops import Call
-from ...train.engine import stage_layers
 from .rates import Rates
 
 
@@ -61,9 +60,9 @@ class Load:
     links: float = 1.0
 
 
-def stages(config: Config, rates: Rates, load: Load) -> list[StageSteps]:
-    """Of every pipeline stage."""
-    m, layers, slower = config.model, stage_layers(config), load.compute
+def stages(config: Config, rates: Rates, load: Load, layers: Sequence[range]) -> list[StageSteps]:
+    """Of every pipeline stage; `layers`: those of each."""
+    m, slower = config.model, load.compute
     block = cache(lambda kind: _block(config, rates, load, kind))  # blocks of a kind are alike
     made = []
     for index, blocks in enumerate(layers):

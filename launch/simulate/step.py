@@ -67,23 +67,44 @@ class Conditions:
     host_stalls: float = 0.0  # share of the step
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What does not change with conditions. `layers`: of each stage."""
+
+    config: Config
+    rates: Rates
+    layers: list[range]
+    lists: Lists
+    directions: int  # of the schedule: with two, every stage is on two ranks
+
+    @classmethod
+    def of(cls, config: Config) -> "Job":
+        p, schedule = config.parallel, SCHEDULES[config.parallel.schedule]
+        return cls(
+            config=config,
+            rates=Rates(cluster=config.cluster, linear=config.precision.products, plain=config.precision.compute),
+            layers=stage_layers(config),
+            lists=schedule.actions(p.pp, p.chunks, config.num_micro_batches),
+            directions=len(schedule.place(p.pp, p.chunks)),
+        )
+
+
 def project_step(config: Config, *, terms: bool = True) -> StepEstimate:
     """Of a configuration that `validate` passes. `terms=False`: the ideal step alone. Raises ConfigError for a term that is none."""
-    rates = Rates(cluster=config.cluster, linear=config.precision.products, plain=config.precision.compute)
-    at = lambda **conditions: _simulate(config, rates, Conditions(**conditions))
-    seconds, parts, timeline = at()
-    found = {name: _term(config, name, term, at, seconds) for name, term in config.stack.terms.items()} if terms else {}
+    job = Job.of(config)
+    seconds, parts, timeline = _simulate(job, Conditions())
+    found = {name: _term(job, name, term, seconds) for name, term in config.stack.terms.items()} if terms else {}
     return StepEstimate(
         ideal=seconds, expected=_sum(seconds, found), parts=parts, terms=found, timeline=timeline, tokens=config.train.global_batch_tokens
     )
 
 
-def _term(config: Config, name: str, term: TermConfig, at, ideal: float) -> Interval:
-    if name not in Conditions.__dataclass_fields__:
-        known = tuple(Conditions.__dataclass_fields__)
+def _term(job: Job, name: str, term: TermConfig, ideal: float) -> Interval:
+    known = tuple(Conditions.__dataclass_fields__)
+    if name not in known:
         raise ConfigError(f"stack.terms.{name}", name, f"is no term: there are {', '.join(known)}", most_like(name, known))
-    added = [at(**{name: value})[0] - ideal for value in (term.low, term.likely, term.high)]
-    return Interval(low=min(added), likely=added[1], high=max(added))
+    at = {value: _simulate(job, Conditions(**{name: value}))[0] - ideal for value in {term.low, term.likely, term.high}}
+    return Interval(low=min(at.values()), likely=at[term.likely], high=max(at.values()))
 
 
 def _sum(seconds: float, terms: Mapping[str, Interval]) -> Interval:
@@ -96,30 +117,29 @@ def _sum(seconds: float, terms: Mapping[str, Interval]) -> Interval:
 # ---------------------------------------------------------------- one step under given conditions
 
 
-def _simulate(config: Config, rates: Rates, conditions: Conditions) -> tuple[float, dict[str, float], Timeline]:
+def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float], Timeline]:
     """The median over seeds, where there is jitter."""
-    p = config.parallel
-    lists = SCHEDULES[p.schedule].actions(p.pp, p.chunks, config.num_micro_batches)
-    costs = action_costs(config, rates, conditions, lists)
+    costs = action_costs(job, conditions)
     seeds = range(SEEDS) if conditions.jitter else [None]
-    steps = sorted((_one(config, rates, conditions, lists, costs, seed) for seed in seeds), key=lambda step: step[0])
+    steps = sorted((_one(job, conditions, costs, seed) for seed in seeds), key=lambda step: step[0])
     return steps[len(steps) // 2]
 
 
-def action_costs(config: Config, rates: Rates, conditions: Conditions, lists: Lists) -> list[list[Cost]]:
+def action_costs(job: Job, conditions: Conditions) -> list[list[Cost]]:
     load = Load(rows=conditions.imbalance, compute=conditions.kernels, links=conditions.links)
-    made, pairs = stages(config, rates, load), {}
-    host = config.stack.host_us_per_layer * 1e-6 / 2  # a layer has two phases
-    return [RankCosts(made, hidden=config.stack.hidden, host=host, pairs=pairs).of(actions) for actions in lists]
+    made, pairs = stages(job.config, job.rates, load, job.layers), {}
+    stack = job.config.stack
+    host = stack.host_us_per_layer * 1e-6 / 2  # a layer has two phases
+    return [RankCosts(made, hidden=stack.hidden, host=host, pairs=pairs).of(actions) for actions in job.lists]
 
 
-def _one(config: Config, rates: Rates, conditions: Conditions, lists: Lists, costs: list[list[Cost]], seed: int | None):
+def _one(job: Job, conditions: Conditions, costs: list[list[Cost]], seed: int | None) -> tuple[float, dict[str, float], Timeline]:
     noise = random.Random(seed)
     longer = lambda: 1.0 if seed is None else max(0.5, noise.gauss(1.0, conditions.jitter))
-    seconds = {action: c.seconds * longer() for actions, of_rank in zip(lists, costs) for action, c in zip(actions, of_rank)}
-    hop = _hop_seconds(config, rates) * conditions.pipeline_traffic
-    timeline = simulate(lists, seconds.__getitem__, lambda sender, receiver: hop)
-    tails = [_Tail.of(config, rates, spans) for spans in timeline.spans]
+    seconds = {action: c.seconds * longer() for actions, of_rank in zip(job.lists, costs) for action, c in zip(actions, of_rank)}
+    hop = _hop_seconds(job.config, job.rates) * conditions.pipeline_traffic
+    timeline = simulate(job.lists, seconds.__getitem__, lambda sender, receiver: hop)
+    tails = [_Tail.of(job, spans) for spans in timeline.spans]
     reduced = max(timeline.makespan, *(tail.reduced for tail in tails))
     gather, update = max(tail.gather for tail in tails), max(tail.update for tail in tails)
     total = (reduced + gather + update) * (1 + conditions.host_stalls)
@@ -154,17 +174,16 @@ class _Tail:
     gather: float
 
     @classmethod
-    def of(cls, config: Config, rates: Rates, spans: Sequence[Span]) -> "_Tail":
-        c, p, layers = config, config.parallel, stage_layers(config)
-        directions = len(SCHEDULES[p.schedule].place(p.pp, p.chunks))
+    def of(cls, job: Job, spans: Sequence[Span]) -> "_Tail":
+        c, p, rates = job.config, job.config.parallel, job.rates
         width, main = cost.ELEMENT_BYTES[c.precision.compute], max(4, cost.ELEMENT_BYTES[c.precision.compute])
         dense_in_node, experts_in_node = min(p.dp, c.cluster.gpus_per_node), max(1, min(p.edp, c.cluster.gpus_per_node // p.ep))
         done = {op.stage: span.end for span in spans for op in span.action}
         reduced = gather = held = owned = 0.0
         for stage in sorted(done, key=done.__getitem__):
-            ends = {"embedding": stage == 0, "head": stage == len(layers) - 1}
-            dense, experts = cost.rank_params(c.model, p, layers=layers[stage], **ends)
-            groups = (dense, p.dp * directions, dense_in_node), (experts, p.edp * directions, experts_in_node)
+            ends = {"embedding": stage == 0, "head": stage == len(job.layers) - 1}
+            dense, experts = cost.rank_params(c.model, p, layers=job.layers[stage], **ends)
+            groups = (dense, p.dp * job.directions, dense_in_node), (experts, p.edp * job.directions, experts_in_node)
             reduced = max(reduced, done[stage]) + sum(rates.ring_seconds(main * n, *group) for n, *group in groups)
             gather += sum(rates.ring_seconds(width * n, *group) for n, *group in groups)
             held, owned = held + dense + experts, owned + sum(n / replicas for n, replicas, _ in groups)
