@@ -20,7 +20,8 @@ CASES = [
     ("model._target_=os.system", "model._target_ = os.system: no such key"),
     ("hydra.run.dir=x", "hydra.run.dir = x: Hydra's own settings have no effect here"),
     # choices of a group
-    ("model=tny", "model = tny: no such choice; there are deepseek_v3, micro, moonlight, small, tiny, v2_lite; nearest valid value: tiny"),
+    ("model=tny", "model = tny: no such choice; there are deepseek_v3, ladder_300m, ladder_3b, llama3_405b, micro, moonlight, small, "),
+    ("cluster=h10", "cluster = h10: no such choice; there are a100, b200, cpu, h100, h200, h800, rtx4090; nearest valid value: h100"),
     ("optim=3", "optim = 3: no such choice; there are "),
     # values of the wrong type
     ("optim.lr=abc", "optim.lr = abc: must be a number"),
@@ -123,7 +124,7 @@ def test_values_keep_their_types():
     assert isinstance(config.optim.lr, float) and config.name == "12" and config.run_dir == "runs/12" and config.train.seed == 7
 
 
-PRESETS = ["tiny", "small", "v2_lite", "moonlight", "deepseek_v3"]
+PRESETS = ["tiny", "small", "v2_lite", "moonlight", "deepseek_v3", "ladder_300m", "ladder_3b", "llama3_405b"]
 
 
 @pytest.mark.parametrize("model", PRESETS)
