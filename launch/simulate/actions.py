@@ -101,7 +101,8 @@ class RankCosts:
             if isinstance(step, Compute):
                 busy, weights = step.of("B", beside), step.of("W", beside)
                 clock.run(busy.seconds + self.host, busy.again)
-                waiting.append((step.of("W", False).seconds, weights.seconds, weights.again))
+                if weights.seconds:
+                    waiting.append((step.of("W", False).seconds, weights.seconds, weights.again))
             else:
                 yield from self._under_way(clock, step, "B", beside, [] if later else waiting)
         if not later:

@@ -1,0 +1,99 @@
+"""A plan: one layout with its step, its run, its memory, as it stands in plan.json and in the tables. All of it is projected."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...conf.errors import ConfigError
+from ...conf.schema import Config
+from ...train import cost
+from ...train.metrics import replace_file
+from ..simulate import Interval, RunEstimate, StepEstimate, project_run, project_step
+from .layouts import Layout
+from .search import Priced
+
+FORMAT = "shoestring plan 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`words`: the command line's, from the model to the layout. `memory_gb`: of the fullest rank, by imbalance (1e9 bytes)."""
+
+    layout: Layout
+    config: Config
+    words: tuple[str, ...]
+    step: StepEstimate
+    run: RunEstimate
+    memory_gb: Mapping[float, float]
+    peak_at: str
+
+    def to_plain(self) -> dict[str, Any]:
+        run, step, c = self.run, self.step, self.config
+        ideal = cost.num_devices(c) * step.ideal / 3600 / step.tokens * 1e12
+        return {
+            "layout": str(self.layout),
+            "words": list(self.words),
+            "gpus": run.gpus,
+            "tokens": run.tokens,
+            "step_seconds": step.expected.likely,
+            "step_seconds_interval": _pair(step.expected),
+            "step_seconds_ideal": step.ideal,
+            "tokens_per_second_per_gpu": run.tokens_per_second_per_gpu.likely,
+            "gpu_hours_per_trillion_tokens": run.gpu_hours_per_trillion_tokens.likely,
+            "gpu_hours_per_trillion_tokens_interval": _pair(run.gpu_hours_per_trillion_tokens),
+            "gpu_hours_per_trillion_tokens_ideal": ideal,
+            "dollars_total": run.dollars.likely,
+            "dollars_total_interval": _pair(run.dollars),
+            "dollars_per_trillion_tokens": run.dollars.likely / run.tokens * 1e12,
+            "days": run.days.likely,
+            "days_interval": _pair(run.days),
+            "kwh": run.kwh.likely,
+            "effective_time": run.effective,
+            "mfu_causal": run.mfu.likely if run.mfu else None,
+            "mfu_non_causal": run.mfu_full.likely if run.mfu_full else None,
+            "peak_tflops": c.cluster.peak_tflops.get(c.precision.products),
+            "bubble_seconds": step.parts["bubble"],
+            "exposed_communication_seconds": step.parts["exposed communication"],
+            "optimizer_seconds": step.parts["optimizer"],
+            "memory_gb_peak": self.memory_gb[1.0],
+            "memory_gb_by_imbalance": {f"{imbalance:g}": value for imbalance, value in self.memory_gb.items()},
+            "memory_peak_at": self.peak_at,
+            "breakdown": step.breakdown,
+            "terms": {name: {"low": t.low, "likely": t.likely, "high": t.high} for name, t in step.terms.items()},
+        }
+
+
+def _pair(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def planned(priced: Priced, tokens: float, words: Sequence[str], memory_gb: Mapping[float, float], peak_at: str) -> Plan:
+    """With all terms, where the search had the ideal step alone."""
+    step = project_step(priced.config)
+    return Plan(
+        layout=priced.layout, config=priced.config, words=tuple(words), step=step, run=project_run(priced.config, step, tokens),
+        memory_gb=memory_gb, peak_at=peak_at,
+    )  # fmt: skip
+
+
+def write(path: Path, plans: Sequence[Plan], request: Mapping[str, Any], notes: Sequence[str]) -> None:
+    content = {"format": FORMAT, "projected": True, "request": dict(request), "notes": list(notes), "plans": [p.to_plain() for p in plans]}
+    replace_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_words(path: Path, number: int = 1) -> list[str]:
+    """The command line of plan `number` of a file (1 is the best). Raises ConfigError for a file that is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        plans = content["plans"] if content["format"] == FORMAT else None
+    except OSError as error:
+        raise ConfigError("plan", str(path), f"cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        plans = None
+    if plans is None:
+        raise ConfigError("plan", str(path), "is no file that `shoestring plan ... output=FILE` wrote")
+    if not 1 <= number <= len(plans):
+        raise ConfigError("number", number, f"{path} has {len(plans)} plans", min(max(number, 1), len(plans)) or None)
+    return [str(word) for word in plans[number - 1]["words"]]
