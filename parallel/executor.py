@@ -149,8 +149,8 @@ class _Step:
             if isinstance(phase, ComputePhase):
                 with self.tracer.compute(op, phase.name):
                     grads = phase.backward(saved, *grads)
-                if closures := store.take():
-                    waiting.append((phase.name, closures))
+                if len(store):  # no name for the closures here: it would keep what they hold after they have run
+                    waiting.append((phase.name, store.take()))
                 if self.executor.enqueues:
                     yield
             else:
