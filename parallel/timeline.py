@@ -7,12 +7,12 @@ ops need has arrived; an action's results are sent when it ends. Times are in wh
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from .schedule.ops import Action, Held, Lists, Op, inputs, result, running_order
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(NamedTuple):
     action: Action
     start: float
     end: float
@@ -44,22 +44,35 @@ class Timeline:
         return [Held.by([s.action for s in spans]) for spans in self.spans]
 
 
-def simulate(
-    lists: Lists, duration: Callable[[Action], float], latency: Callable[[int, int], float] = lambda sender, receiver: 0
-) -> Timeline:
-    """`duration(action)`: of one op or of a pair. `latency(sender, receiver)`: from the end of an action to the arrival of what it made
-    on another rank. Raises ValueError if the lists cannot finish."""
+Order = list[tuple[int, Action, list[tuple[int, int]]]]  # rank, its next action, and (rank, index) of the actions that made its inputs
+
+
+def order(lists: Lists) -> Order:
+    """In which lists can run, whatever their actions take. Raises ValueError if they cannot finish."""
     num_stages = 1 + max((op.stage for actions in lists for action in actions for op in action), default=-1)
-    made: dict[Op, tuple[float, int]] = {}  # when and where
-    spans: list[list[Span]] = [[] for _ in lists]
+    made: dict[Op, tuple[int, int]] = {}
+    found: Order = []
     for rank, index in running_order(lists, num_stages):
         action = lists[rank][index]
-        start = spans[rank][-1].end if index else 0
-        for need in (need for op in action for need in inputs(op, num_stages)):
-            end, sender = made[need]
-            start = max(start, end + (latency(sender, rank) if sender != rank else 0))
+        found.append((rank, action, [made[need] for op in action for need in inputs(op, num_stages)]))
+        made.update((result(op), (rank, index)) for op in action)
+    return found
+
+
+def simulate(
+    lists: Lists,
+    duration: Callable[[Action], float],
+    latency: Callable[[int, int], float] = lambda sender, receiver: 0,
+    known: Order | None = None,
+) -> Timeline:
+    """`duration(action)`: of one op or of a pair. `latency(sender, receiver)`: from the end of an action to the arrival of what it made
+    on another rank. `known`: these lists' `order`. Raises ValueError if the lists cannot finish."""
+    spans: list[list[Span]] = [[] for _ in lists]
+    for rank, action, needs in order(lists) if known is None else known:
+        start = spans[rank][-1].end if spans[rank] else 0
+        for sender, index in needs:
+            start = max(start, spans[sender][index].end + (latency(sender, rank) if sender != rank else 0))
         spans[rank].append(Span(action=action, start=start, end=start + duration(action)))
-        made.update((result(op), (spans[rank][-1].end, rank)) for op in action)
     return Timeline(spans)
 
 

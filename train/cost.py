@@ -176,8 +176,10 @@ def train_flops(model: ModelConfig, seq_len: int, tokens: int) -> float:
 
 def block_costs(model: ModelConfig, seq_len: int) -> list[float]:
     """Forward FLOPs per token of each block: what the stage balancer divides. See `head_cost` for the last stage's extra."""
-    core = attention_flops(model, seq_len)
-    return [2 * block_params(model, layer).active_matrices + core for layer in range(model.num_layers)]
+    core, m = attention_flops(model, seq_len), model
+    of = lambda layer: 2 * block_params(m, layer).active_matrices + core
+    dense = m.num_layers if m.num_moe_layers == 0 else min(m.num_dense_layers, m.num_layers)  # blocks of a kind are alike
+    return [of(0)] * dense + [of(dense)] * (m.num_layers - dense) if dense else [of(0)] * m.num_layers
 
 
 def prediction_cost(model: ModelConfig, seq_len: int) -> float:
@@ -226,17 +228,22 @@ def rank_params(model: ModelConfig, parallel: ParallelConfig, *, layers, embeddi
     return dense, sum(b.experts for b in blocks) // parallel.ep
 
 
-def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool) -> StateBytes:
+def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool, copies: int = 1, end_copies: int = 0) -> StateBytes:
     """Weights, FP32 main gradients, and optimizer state sharded as ZeRO-1 does over each parameter's replica group.
 
     Weights of FP32 and FP64 are their own masters, unless those are offloaded or the engine is deepspeed. Muon has one moment, as wide as
     masters; it parts no matrix, so that what one rank has is this on average.
+
+    `copies`: pipeline ranks that hold these same blocks; `end_copies`: that hold an embedding which both ends have, if no rank has both.
     """
-    o, p = config.optim, config.parallel
-    dense, experts = rank_params(config.model, p, layers=layers, embedding=embedding, head=head)
-    sharded = lambda dense, experts: -(-dense // p.dp) + -(-experts // p.edp)
+    o, p, m = config.optim, config.parallel, config.model
+    dense, experts = rank_params(m, p, layers=layers, embedding=embedding, head=head)
+    table = m.vocab_size * m.dim * bool(end_copies and m.embeds_at_head and (embedding or head))
+    share = lambda numel, ranks: -(-numel // ranks)
+    sharded = lambda dense, experts: share(dense, p.dp * copies) + share(experts, p.edp * copies)
     matrices = sum(b.dense - b.router - b.norms for b in (block_params(config.model, layer) for layer in layers))
-    owned, by_muon = sharded(dense, experts), sharded(matrices, experts) if o.algorithm == "muon" else 0
+    owned = sharded(dense - table, experts) + (share(table, p.dp * end_copies) if table else 0)
+    by_muon = sharded(matrices, experts) if o.algorithm == "muon" else 0
     width, moment_width = ELEMENT_BYTES[config.precision.compute], ELEMENT_BYTES[o.moment_precision(config.precision.compute)]
     main_width = max(4, width)
     own_masters = width < main_width or o.offload or o.engine == "deepspeed"

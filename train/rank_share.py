@@ -71,7 +71,7 @@ def all_layers(config: Config) -> tuple[range, ...]:
 def rank_actions(config: Config, pp_rank: int, num: int) -> tuple[Action, ...]:
     """This rank's list for a step of `num` micro-batches."""
     p = config.parallel
-    return _actions(p.schedule, p.pp, p.chunks, num)[pp_rank]
+    return all_actions(p.schedule, p.pp, p.chunks, num)[pp_rank]
 
 
 def is_routed(m: ModelConfig, layer: int) -> bool:
@@ -95,5 +95,6 @@ def _held(schedule: str, pp: int, chunks: int, pp_rank: int) -> tuple[Placements
 
 
 @functools.lru_cache(maxsize=256)
-def _actions(schedule: str, pp: int, chunks: int, num: int) -> tuple[tuple[Action, ...], ...]:
+def all_actions(schedule: str, pp: int, chunks: int, num: int) -> tuple[tuple[Action, ...], ...]:
+    """Of every rank."""
     return tuple(map(tuple, proven(schedule, pp, chunks, num)))

@@ -4,6 +4,7 @@ What is compared is the ideal step. A bound is what the busiest pipeline rank co
 """
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -66,18 +67,23 @@ def search(
 def _priced(config: Config, layout: Layout, found: Search, *, recompute_fixed: bool, imbalance: float) -> Priced | None:
     """With as little recomputation as fits."""
     capacity = config.cluster.memory_gb * 1e9
-    chosen = None
-    for recompute in [layout.recompute] if recompute_fixed else RECOMPUTE:
+    choices = [layout.recompute] if recompute_fixed else list(RECOMPUTE)
+    chosen = tried = fullest = None
+    for recompute in [choices[-1], *choices[:-1]]:  # the smallest first: if that does not fit, nothing does
         chosen = replace(layout, recompute=recompute)
         tried = chosen.apply(config)
-        fullest = fullest_rank(tried, imbalance)
-        if fullest.total <= capacity:
+        fullest = fullest_rank(tried, imbalance, capacity)
+        if recompute == choices[-1] and fullest.total > capacity:
+            found.too_large += 1
+            if found.smallest is None or fullest.total < found.smallest[1]:
+                found.smallest = chosen, fullest.total
+            return None
+        if recompute != choices[-1] and fullest.total <= capacity:
             break
     else:
-        found.too_large += 1
-        if found.smallest is None or fullest.total < found.smallest[1]:
-            found.smallest = chosen, fullest.total
-        return None
+        chosen = replace(layout, recompute=choices[-1])
+        tried = chosen.apply(config)
+        fullest = fullest_rank(tried, imbalance)
     try:
         check_all(tried)
     except ConfigError as error:
@@ -97,10 +103,16 @@ def check_all(config: Config) -> None:
             raise
 
 
-def fullest_rank(config: Config, imbalance: float) -> memory.Memory:
-    """Of the ranks at both ends and in the middle of the pipeline: in between nothing has more."""
-    pp = config.parallel.pp
-    return max((memory.rank_memory(config, rank, imbalance=imbalance) for rank in sorted({0, pp // 2, pp - 1})), key=lambda m: m.total)
+def fullest_rank(config: Config, imbalance: float, enough: float = math.inf) -> memory.Memory:
+    """Of the ranks at both ends and in the middle of the pipeline: between them nothing has more. Or the first with more than `enough`."""
+    pp, fullest = config.parallel.pp, None
+    for rank in sorted({0, pp // 2, pp - 1}, reverse=True):
+        found = memory.rank_memory(config, rank, imbalance=imbalance)
+        if fullest is None or found.total > fullest.total:
+            fullest = found
+        if fullest.total > enough:
+            break
+    return fullest
 
 
 # ---------------------------------------------------------------- bounds

@@ -55,6 +55,7 @@ class RankCosts:
         self.stages, self.hidden, self.host = stages, hidden, host
         self.deferred: dict[tuple[int, int], Waiting] = {}
         self.pairs = {} if pairs is None else pairs  # by their ops' kinds and stages: alike for every micro-batch
+        self.lone: dict[tuple[str, int], Cost] = {}  # likewise, where nothing waits that could run beside
 
     def of(self, actions: Sequence[Action]) -> list[Cost]:
         return [self._pair(action) if len(action) > 1 else self._alone(action[0]) for action in actions]
@@ -74,6 +75,14 @@ class RankCosts:
         return self.pairs[key]
 
     def _alone(self, op: Op) -> Cost:
+        if op.kind in "FB" and not any(self.deferred.values()):
+            key = op.kind, op.stage
+            if key not in self.lone:
+                self.lone[key] = self._run(op)
+            return self.lone[key]
+        return self._run(op)
+
+    def _run(self, op: Op) -> Cost:
         clock = Clock()
         if op.kind == "W":
             for seconds, _, again in self.deferred.pop((op.stage, op.micro_batch)):

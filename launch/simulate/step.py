@@ -6,24 +6,24 @@ constant here was fitted to one.
 """
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 
 from ...conf.errors import ConfigError, most_like
 from ...conf.schema import Config, TermConfig
 from ...parallel.schedule import SCHEDULES
 from ...parallel.schedule.ops import Lists
-from ...parallel.timeline import Span, Timeline, simulate
+from ...parallel.timeline import Order, Span, Timeline, order, simulate
 from ...train import cost
-from ...train.engine import stage_layers
+from ...train.rank_share import all_actions, all_layers
 from .actions import Cost, RankCosts
 from .rates import Rates
 from .stage import Load, micro_batch_tokens, stages
 
 PARTS = ("compute", "recompute", "exposed communication", "bubble", "reduce", "optimizer")
 OPTIMIZER_BYTES = {"adamw": 3, "muon": 2}  # tensors read and written for each element, beside the gradient that is read
-SEEDS = 3  # of jitter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Conditions:
     links: float = 1.0  # times what exchanges take
     imbalance: float = 1.0  # rows of the busiest rank's experts, of the mean
     pipeline_traffic: float = 1.0  # times a transfer's time
-    jitter: float = 0.0  # standard deviation of an action's duration, of itself
+    jitter: float = 0.0  # standard deviation of devices' speed, of itself: every exchange and every reduction waits for the slowest
     host_stalls: float = 0.0  # share of the step
 
 
@@ -75,18 +75,26 @@ class Job:
     rates: Rates
     layers: list[range]
     lists: Lists
+    order: Order
     directions: int  # of the schedule: with two, every stage is on two ranks
 
     @classmethod
     def of(cls, config: Config) -> "Job":
         p, schedule = config.parallel, SCHEDULES[config.parallel.schedule]
+        which = p.schedule, p.pp, p.chunks, config.num_micro_batches
         return cls(
             config=config,
             rates=Rates(cluster=config.cluster, linear=config.precision.products, plain=config.precision.compute),
-            layers=stage_layers(config),
-            lists=schedule.actions(p.pp, p.chunks, config.num_micro_batches),
+            layers=list(all_layers(config)),
+            lists=all_actions(*which),
+            order=_order(*which),
             directions=len(schedule.place(p.pp, p.chunks)),
         )
+
+
+@lru_cache(maxsize=256)
+def _order(schedule: str, pp: int, chunks: int, num: int) -> Order:
+    return order(all_actions(schedule, pp, chunks, num))
 
 
 def project_step(config: Config, *, terms: bool = True) -> StepEstimate:
@@ -118,27 +126,10 @@ def _sum(seconds: float, terms: Mapping[str, Interval]) -> Interval:
 
 
 def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float], Timeline]:
-    """The median over seeds, where there is jitter."""
     costs = action_costs(job, conditions)
-    seeds = range(SEEDS) if conditions.jitter else [None]
-    steps = sorted((_one(job, conditions, costs, seed) for seed in seeds), key=lambda step: step[0])
-    return steps[len(steps) // 2]
-
-
-def action_costs(job: Job, conditions: Conditions) -> list[list[Cost]]:
-    load = Load(rows=conditions.imbalance, compute=conditions.kernels, links=conditions.links)
-    made, pairs = stages(job.config, job.rates, load, job.layers), {}
-    stack = job.config.stack
-    host = stack.host_us_per_layer * 1e-6 / 2  # a layer has two phases
-    return [RankCosts(made, hidden=stack.hidden, host=host, pairs=pairs).of(actions) for actions in job.lists]
-
-
-def _one(job: Job, conditions: Conditions, costs: list[list[Cost]], seed: int | None) -> tuple[float, dict[str, float], Timeline]:
-    noise = random.Random(seed)
-    longer = lambda: 1.0 if seed is None else max(0.5, noise.gauss(1.0, conditions.jitter))
-    seconds = {action: c.seconds * longer() for actions, of_rank in zip(job.lists, costs) for action, c in zip(actions, of_rank)}
+    seconds = {action: c.seconds for actions, of_rank in zip(job.lists, costs) for action, c in zip(actions, of_rank)}
     hop = _hop_seconds(job.config, job.rates) * conditions.pipeline_traffic
-    timeline = simulate(job.lists, seconds.__getitem__, lambda sender, receiver: hop)
+    timeline = simulate(job.lists, seconds.__getitem__, lambda sender, receiver: hop, job.order)
     tails = [_Tail.of(job, spans) for spans in timeline.spans]
     reduced = max(timeline.makespan, *(tail.reduced for tail in tails))
     gather, update = max(tail.gather for tail in tails), max(tail.update for tail in tails)
@@ -153,6 +144,19 @@ def _one(job: Job, conditions: Conditions, costs: list[list[Cost]], seed: int | 
     }
     parts["bubble"] = total - sum(parts.values())  # what is left: ranks wait for others
     return total, {name: parts[name] for name in PARTS}, timeline
+
+
+def action_costs(job: Job, conditions: Conditions) -> list[list[Cost]]:
+    slowest = 1 + conditions.jitter * _farthest(job.config.parallel.world_size)
+    load = Load(rows=conditions.imbalance, compute=conditions.kernels * slowest, links=conditions.links)
+    made, pairs, stack = stages(job.config, job.rates, load, job.layers), {}, job.config.stack
+    host = stack.host_us_per_layer * 1e-6 / 2  # a layer has two phases
+    return [RankCosts(made, hidden=stack.hidden, host=host, pairs=pairs).of(actions) for actions in job.lists]
+
+
+def _farthest(num: int) -> float:
+    """Of so many draws from a normal distribution, the largest to be expected, in standard deviations (Blom 1958)."""
+    return NormalDist().inv_cdf((num - 0.375) / (num + 0.25)) if num > 1 else 0.0
 
 
 def _hop_seconds(config: Config, rates: Rates) -> float:
