@@ -225,6 +225,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--steps", type=int, default=30, metavar="N", help="in each precision (default: 30)")
     step.add_argument("--limit", dest="limit_s", type=float, default=300.0, metavar="SECONDS", help="for each precision (default: 300)")
     step.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="for the runs' records (default: runs/bench)")
+    fabric = actions.add_parser("fabric", help="kernels, memory and links of this machine or cluster, as a file for plans")
+    fabric.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=(
+        "name=NAME of the cluster; out=PATH of the file (default: conf/cluster/NAME.yaml); processes=N on CPU (default: one per core); "
+        "and what is not measured, such as cluster=h100 cluster.price_per_gpu_hour=2"))  # fmt: skip
     for action in (kernels, step):
         action.add_argument("--json", dest="json_path", type=Path, metavar="PATH", help="write everything as JSON")
         action.add_argument("--page", dest="page_path", type=Path, metavar="PATH", help="write a page of charts and tables")
@@ -232,6 +236,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     environment.prepare(threads=1)
+    if args.action == "fabric":
+        return _call("shoestring.launch.bench.fabric:main", args.overrides)
     options = {key: value for key, value in vars(args).items() if key not in ("command", "action", "overrides")}
     if args.action == "step":
         return _call("shoestring.launch.bench.command:train_step", args.overrides, **options)
@@ -292,13 +298,15 @@ COMMANDS = {
         ),
     ),
     "bench": Command(
-        help="time the kernels and a training step on this machine's GPU, beside what torch and others have",
+        help="time the kernels and a training step on this machine's GPU, beside what torch and others have; or a cluster, for plans",
         arguments=_bench_arguments,
         run=_bench,
         examples=(
             "shoestring bench kernels --tune --page bench.html             every op, every configuration; without a GPU only correctness",
             "shoestring bench kernels --only 'fp8 fprop' --shapes x7168x   some ops, some shapes",
             "shoestring bench step --json step.json                        a cut-down DeepSeek-V3 in bf16 and in fp8",
+            "shoestring bench fabric name=mine                             what plans need to know of this machine: cluster=mine",
+            "torchrun --nproc-per-node 8 --no-python shoestring bench fabric name=mine        and of a cluster: on every node",
         ),
     ),
     "report": Command(
