@@ -284,7 +284,7 @@ class CheckpointConfig(Section):
     resume: str = "auto"  # auto: the newest in the run directory, if any | never: refuse a directory that has one | a path
 
 
-MEMORY_SHARES = {"norm": 0.38, "quantise": 0.6, "columns": 0.9, "permute": 0.79, "sum": 0.54, "swiglu": 0.68, "other": 0.46}
+MEMORY_SHARES = {"norm": 0.38, "quantise": 0.6, "columns": 0.9, "permute": 0.79, "sum": 0.54, "swiglu": 0.68, "other": 0.48}
 
 
 @dataclass(kw_only=True)

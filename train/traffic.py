@@ -121,7 +121,7 @@ class _Place:
 
 
 def _add_exchanges(sent: Sent, config: Config, place: _Place, rows: Rows, exchanges: int) -> None:
-    m, p, row = config.model, config.parallel, _row_bytes(config)
+    m, p, row = config.model, config.parallel, row_bytes(config)
     own_experts = m.num_experts // p.ep
     if rows.inside_sent:
         nodes, places = _nodes(config)
@@ -142,7 +142,7 @@ def _add_exchanges(sent: Sent, config: Config, place: _Place, rows: Rows, exchan
             place.to(sent, "counts", place.beside(other), 8 * counts * exchanges)
 
 
-def _row_bytes(config: Config) -> dict[str, int]:
+def row_bytes(config: Config) -> dict[str, int]:
     """Of a row on the wire, by collective and leg."""
     m, width = config.model, cost.ELEMENT_BYTES[config.precision.compute]
     fp8, wide, K = config.precision.linear == "fp8", max(4, width), config.model.top_k

@@ -1,17 +1,13 @@
-"""What each pipeline stage computes and exchanges for one micro-batch, in seconds: a list of steps, as the executor's phases are.
+"""What each pipeline stage computes and exchanges for one micro-batch, in seconds: a list of steps, as the executor's phases are."""
 
-T tokens of a micro-batch   D model dim   K top-k   G nodes that share the experts
-"""
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from ...conf.schema import Config
-from ...kernels.quantise import rows_bytes
 from ...train import block_ops, cost
 from ...train.block_ops import Call
+from ...train.traffic import even_rows, row_bytes
 from .rates import Rates
 
 
@@ -122,51 +118,19 @@ def dispatcher_of(config: Config) -> str:
 
 def sent_rows(config: Config) -> float:
     """That a rank gathers in order to send them, in each exchange to experts."""
-    if dispatcher_of(config) == "deepep":
-        return 0.0
-    copies = config.model.top_k if dispatcher_of(config) == "alltoall" else distinct_nodes(config)
-    return micro_batch_tokens(config) * copies
-
-
-def distinct_nodes(config: Config) -> float:
-    """On how many nodes a token's experts are, on average, if groups and experts are chosen evenly."""
-    m, nodes = config.model, _nodes(config)
-    if nodes == 1:
-        return 1.0
-    limited = m.num_limited_groups if m.num_groups > 1 else m.num_groups
-    groups_of_node = max(1, m.num_groups // nodes)
-    if m.num_groups <= 1 or m.num_groups < nodes:
-        return nodes * (1 - _missed(m.num_experts, m.num_experts // nodes, m.top_k))
-    # Of a node's groups, none may be among the chosen; or some are, and get no expert.
-    reached, per_group = 0.0, m.num_experts // m.num_groups
-    for chosen in range(1, min(groups_of_node, limited) + 1):
-        ways = math.comb(groups_of_node, chosen) * math.comb(m.num_groups - groups_of_node, limited - chosen)
-        reached += ways / math.comb(m.num_groups, limited) * (1 - _missed(limited * per_group, chosen * per_group, m.top_k))
-    return nodes * reached
-
-
-def _missed(experts: int, held: int, top_k: int) -> float:
-    """Probability that none of `top_k` distinct ones of `experts` is among `held`."""
-    return math.comb(experts - held, top_k) / math.comb(experts, top_k) if experts - held >= top_k else 0.0
-
-
-def _nodes(config: Config) -> int:
-    return max(1, config.parallel.ep // config.cluster.gpus_per_node)
+    return 0.0 if dispatcher_of(config) == "deepep" else sum(even_rows(config).sent)
 
 
 def exchange_bytes(config: Config, when: str, name: str) -> tuple[float, float, float]:
     """What a rank sends in one exchange: (between nodes, inside the node beside it, inside the node after it)."""
-    c, m, ep = config, config.model, config.parallel.ep
-    fp8, width = c.precision.linear == "fp8", cost.ELEMENT_BYTES[c.precision.compute]
-    to_experts = (name, when) in (("dispatch", "F"), ("combine", "B"))
-    row = rows_bytes(1, m.dim) if fp8 and to_experts else m.dim * width
-    tokens, nodes = micro_batch_tokens(c), _nodes(c)
-    in_node = min(ep, c.cluster.gpus_per_node)
-    if dispatcher_of(c) == "alltoall":
-        copies = tokens * m.top_k * row
-        return copies * (ep - in_node) / ep, copies * (in_node - 1) / ep, 0.0
-    across = tokens * distinct_nodes(c) * (nodes - 1) / nodes * row
-    return across, 0.0, tokens * m.top_k * (in_node - 1) / in_node * row
+    rows, row, ep = even_rows(config), row_bytes(config), config.parallel.ep
+    num, key = sum(rows.sent), f"{name} {when}"
+    if rows.inside_sent:
+        others, places = len(rows.sent) - 1, len(rows.inside_sent)
+        after = sum(rows.inside_sent) * (places - 1) / places * row[f"{key} inside"]
+        return num * others / len(rows.sent) * row[key], 0.0, after
+    in_node = min(ep, config.cluster.gpus_per_node)
+    return num * (ep - in_node) / ep * row[key], num * (in_node - 1) / ep * row[key], 0.0
 
 
 def _exchange(config: Config, rates: Rates, load: Load, name: str, exchanged: bool) -> Exchange:

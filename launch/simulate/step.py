@@ -142,7 +142,7 @@ def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float]
         "reduce": reduced - timeline.makespan + gather,
         "optimizer": update,
     }
-    parts["bubble"] = total - sum(parts.values())  # what is left: ranks wait for others
+    parts["bubble"] = max(0.0, total - sum(parts.values()))  # what is left: ranks wait for others
     return total, {name: parts[name] for name in PARTS}, timeline
 
 
