@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._torch import cudnn_attention
 from .e5m6 import Packed, pack_e5m6, unpack_e5m6
 from .recompute import Output, recomputed
 
@@ -38,12 +39,14 @@ class AttentionKernel:
 
 def attention_kernel(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor) -> AttentionKernel:
     """GPU: the first of cuDNN, flash, flash with padded values, memory-efficient that takes these heads. CPU: torch's fused kernel, which
-    wants equal widths, so narrower values are padded. Else `MATH`."""
+    wants equal widths, so narrower values are padded. Else `MATH`. Tensors on meta stand for those of a GPU with cuDNN."""
     pad = max(0, q_BHSQ.shape[-1] - v_BHSV.shape[-1])
     if q_BHSQ.is_cuda:
         return _on_gpu(q_BHSQ, k_BHSQ, v_BHSV, pad)
+    if q_BHSQ.is_meta:
+        return _kernel(SDPBackend.CUDNN_ATTENTION, q_BHSQ, v_BHSV, 0)
     fused = v_BHSV.shape[-1] <= q_BHSQ.shape[-1]
-    return _kernel(SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH, q_BHSQ, v_BHSV, pad if q_BHSQ.device.type == "cpu" else 0)
+    return _kernel(SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH, q_BHSQ, v_BHSV, pad)
 
 
 def _on_gpu(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, pad: int) -> AttentionKernel:
@@ -58,6 +61,12 @@ def _on_gpu(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, pad: int) -> Attenti
         if takes(cuda.SDPAParams(q_BHSQ, k_BHSQ, values, None, 0.0, True, False), False):
             return _kernel(backend, q_BHSQ, v_BHSV, padding)
     return _kernel(SDPBackend.MATH, q_BHSQ, v_BHSV, 0)
+
+
+def _on_meta(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, *, is_causal: bool, scale: float) -> Tensor:
+    """What cuDNN keeps and makes; torch itself would choose the S x S matrix there."""
+    keeps = torch.is_grad_enabled() and q_BHSQ.requires_grad
+    return cudnn_attention(q_BHSQ, k_BHSQ, v_BHSV, None, keeps, 0.0, is_causal, False, scale=scale)[0]
 
 
 def _kernel(backend: SDPBackend, q_BHSQ: Tensor, v_BHSV: Tensor, padding: int) -> AttentionKernel:
@@ -88,7 +97,8 @@ def causal_attention(
             stack.enter_context(sdpa_kernel(kernel.backend))
         if made_again or output:
             stack.enter_context(recomputed(given, by=made_again, output=output))
-        out_BHSV = F.scaled_dot_product_attention(*given, is_causal=True, scale=scale)[..., :value_dim]
+        attend = _on_meta if q_BHSQ.is_meta else F.scaled_dot_product_attention
+        out_BHSV = attend(*given, is_causal=True, scale=scale)[..., :value_dim]
     rows_TO = _rows(out_BHSV)
     if not narrow:
         kept = out_BHSV.detach()

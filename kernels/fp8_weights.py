@@ -3,6 +3,7 @@
 O output dim   I input dim   e experts on this rank
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -43,6 +44,12 @@ class WeightCache:
         if weight not in self._casts:
             self._casts[weight] = Fp8Weight(weight.detach())
         return self._casts[weight]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held now."""
+        for cast in self._casts.values():
+            for form in vars(cast).values():  # `transposed` is there once it was asked for
+                yield from (form.codes, form.scales)
 
     def clear(self) -> None:
         self._casts.clear()

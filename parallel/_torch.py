@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group, _world
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.optim.adamw import adamw
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -20,6 +22,21 @@ foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 abort_process_group = _abort_process_group
 SPLITS_BY_BACKEND = "backend" in inspect.signature(dist.split_group).parameters
+
+
+def instant_work() -> torch.ScriptObject:
+    """What an operator of `torch.ops.c10d` returns for a collective that is over."""
+    return torch._C._distributed_c10d.FakeWork().boxed()
+
+
+def group_of(handle: torch.ScriptObject) -> dist.ProcessGroup:
+    """Of an argument of such an operator."""
+    return dist.ProcessGroup.unbox(handle)
+
+
+def join_alone(world_size: int, rank: int) -> None:
+    """As a rank of a world of which nobody else is there: groups can be made, and nothing can be sent."""
+    dist.init_process_group("fake", world_size=world_size, rank=rank, store=FakeStore())
 
 
 def nccl_options(max_ctas: int):
@@ -44,6 +61,7 @@ def flight_entries() -> list[dict]:
 
 __all__ = [
     "SPLITS_BY_BACKEND",
+    "TorchDispatchMode",
     "abort_process_group",
     "adamw",
     "all_gather",
@@ -51,6 +69,9 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "get_schedule_ops",
+    "group_of",
+    "instant_work",
+    "join_alone",
     "nccl_options",
     "own_groups",
     "reduce_scatter",

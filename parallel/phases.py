@@ -40,9 +40,9 @@ class MicroBatch:
         return torch.nn.functional.pad(part, (0, seq_len - part.shape[1]), value=IGNORED)
 
     @property
-    def num_targets(self) -> int:
-        """Next tokens that count."""
-        return int((self.ahead(1) != IGNORED).sum())
+    def num_targets(self) -> Tensor:
+        """Next tokens that count: a scalar, where the tokens are."""
+        return (self.ahead(1) != IGNORED).sum()
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ import shoestring
 ROOT = Path(shoestring.__file__).resolve().parent
 ORDER = ["conf", "kernels", "parallel", "train", "launch"]  # each may import those before it, but kernels .. launch only conf beside
 DOORS = {"train/__main__.py"}
-EDGES = {"parallel/_torch.py", "kernels/_triton.py"}  # where private torch and triton may be used
+EDGES = {"parallel/_torch.py", "kernels/_torch.py", "kernels/_triton.py"}  # where private torch and triton may be used
 LIBRARIES = {"torch", "triton"}
 
 

@@ -22,6 +22,7 @@ from ..kernels.weight_grad import WeightGradStore
 from ..parallel.dispatch import Dispatcher, make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
+from ..parallel.host_reads import HostReads
 from ..parallel.optimizer.make import make_optimizer
 from ..parallel.optimizer.zero import Chunk, Spec
 from ..parallel.phases import MicroBatch
@@ -80,6 +81,7 @@ class Engine:
     """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`.
 
     `mesh`: one of the same layout, to be used again; None makes one. `transport`: what token exchanges and pipeline transfers pass.
+    `reads`: what every value passes that the step reads on the host.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Engine:
         mesh: Mesh | None = None,
         watch: Watch | None = None,
         transport: Transport = DIRECT,
+        reads: HostReads | None = None,
     ):
         self.config, self.device, self.watch, self.transport = config, torch.device(device), watch or Watch(), transport
+        self.reads = reads or HostReads()
         self.mesh = mesh or Mesh.create(
             config.parallel,
             dist.get_rank(),
@@ -120,7 +124,9 @@ class Engine:
             name = "alltoall" if c.parallel.ep > 1 else "local"
         fp8 = self.ops.fp8 is not None
         align = row_alignment(self.dtype, fp8=fp8)
-        dispatcher = make_dispatcher(name, num_experts=c.model.num_experts, align=align, groups=mesh.ep, fp8=fp8, transport=self.transport)
+        dispatcher = make_dispatcher(
+            name, num_experts=c.model.num_experts, align=align, groups=mesh.ep, fp8=fp8, transport=self.transport, reads=self.reads
+        )
         dispatcher = self.watch.dispatcher(dispatcher)
         balance = Balance(sequence_coef=c.optim.sequence_balance_coef, z_coef=c.optim.z_loss_coef, token_weight=1.0 / self.nominal_tokens)
         layers = stage_layers(c)
@@ -173,7 +179,7 @@ class Engine:
             actions=actions,
             store=self.ops.store,
             boundary=lambda num_tokens: torch.empty(num_tokens, c.model.dim, dtype=self.dtype, device=self.device),
-            enqueues=self.device.type == "cuda",
+            enqueues=self.device.type != "cpu",
             loss_weights=torch.tensor([1.0] + [c.optim.mtp_weight / max(1, depth)] * depth, dtype=torch.float64, device=self.device),
         )
 
@@ -202,8 +208,9 @@ class Engine:
         totals = self._reduce_counts(losses, batches, flags)
         # Gradients are of sums over nominal_tokens; this makes them the mean over the tokens that the step really had.
         norm = self.optimizer.norm(self.nominal_tokens / totals.tokens)
-        if not math.isfinite(norm.item()):
-            raise FloatingPointError(f"gradient norm is {norm.item()} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
+        grad_norm = self._value(norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
         self.watch.reduced(self, norm)
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
@@ -214,14 +221,14 @@ class Engine:
             loss=totals.losses[0] / totals.tokens,
             mtp_losses=[loss / totals.tokens for loss in totals.losses[1:]],
             tokens=totals.tokens,
-            grad_norm=norm.item(),
-            clip_coef=coefficient.item(),
+            grad_norm=grad_norm,
+            clip_coef=self._value(coefficient),
             balance_loss=c.sequence_balance_coef * totals.router_sums[0] / totals.tokens,
             z_loss=c.z_loss_coef * totals.router_sums[1] / totals.tokens,
             router_entropy=totals.router_sums[2] / routed,
             loads=totals.loads,
             rank_overload=overload,
-            bias_norm=self.biases.double().norm().item(),
+            bias_norm=self._value(self.biases.double().norm()),
             flags=totals.flags,
         )
         self.watch.stepped(self, result)
@@ -238,10 +245,11 @@ class Engine:
         self._forget_casts()
         losses = self.executor.evaluate(batches) * self.nominal_tokens
         counted_here = self.mesh.holder(self.mesh.num_stages - 1, 0) == self.mesh.pp_rank
-        counts = [sum(b.num_targets for b in self._heads(batches)), count * counted_here]
-        totals = torch.cat([losses[:1].cpu(), torch.tensor(counts, dtype=torch.float64)]).to(self.device)
+        counts = [_num_targets(self._heads(batches), self.reads), count * counted_here]
+        totals = torch.cat([self.reads.wait(losses[:1]), torch.tensor(counts, dtype=torch.float64)]).to(self.device)
         dist.all_reduce(totals)
-        return totals[0].item(), int(totals[1].item()), int(totals[2].item())
+        loss, tokens, count = self.reads.wait(totals).tolist()
+        return loss, int(tokens), int(count)
 
     def _forget_casts(self) -> None:
         """Before every pass: since the last, the optimizer may have stepped, a checkpoint been loaded, an expert moved."""
@@ -252,19 +260,19 @@ class Engine:
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""
         m = self.config.model
         flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags
-        losses = losses.cpu() * self.nominal_tokens
-        tokens = torch.tensor([sum(b.num_targets for b in self._heads(batches))], dtype=torch.float64)
+        losses = self.reads.wait(losses) * self.nominal_tokens
+        tokens = torch.tensor([_num_targets(self._heads(batches), self.reads)], dtype=torch.float64)
         router_sums = torch.zeros(len(ROUTER_SUMS), dtype=torch.float64)
         loads = torch.zeros(m.num_moe_layers, m.num_experts, dtype=torch.float64)
         for stage in self.stages.values():
             for layer, stats in stage.stats.items():
                 load_E, sums = stats.take()
-                loads[layer - m.num_dense_layers] = load_E.double()
-                router_sums += torch.stack([sums[name].double().cpu() for name in ROUTER_SUMS]) if sums else 0
+                loads[layer - m.num_dense_layers] = self.reads.wait(load_E).double()
+                router_sums += torch.stack([self.reads.wait(sums[name]).double() for name in ROUTER_SUMS]) if sums else 0
         parts = [losses, tokens, router_sums, flags, loads.flatten()]
         packed = torch.cat(parts).to(self.device)
         dist.all_reduce(packed)
-        losses, tokens, router_sums, flags, loads = packed.cpu().split([len(part) for part in parts])
+        losses, tokens, router_sums, flags, loads = self.reads.wait(packed).split([len(part) for part in parts])
         return _Totals(
             losses=losses.tolist(),
             tokens=int(tokens.item()),
@@ -289,6 +297,9 @@ class Engine:
             short = loads.sum(1, keepdim=True) - loads * loads.shape[1]  # in whole numbers: a GPU's mean of equal loads may be off by a bit
             self.biases += self.config.optim.bias_update_speed * short.sign().to(self.biases)
 
+    def _value(self, scalar: Tensor) -> float:
+        return self.reads.wait(scalar).item()
+
     # ------------------------------------------------------------ state
 
     def chunks(self, *, saving: bool) -> dict[str, Chunk]:
@@ -311,6 +322,10 @@ class _Totals:
     router_sums: list[float]
     flags: Tensor
     loads: Tensor
+
+
+def _num_targets(batches: Sequence[MicroBatch], reads: HostReads) -> int:
+    return int(reads.wait(torch.stack([b.num_targets for b in batches]).sum())) if batches else 0
 
 
 def stage_layers(config: Config) -> list[range]:

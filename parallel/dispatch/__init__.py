@@ -14,6 +14,7 @@ import importlib.util
 import torch.distributed as dist
 
 from ...conf.schema import Config, ConfigError, choose
+from ..host_reads import HostReads
 from ..transport import DIRECT, Transport
 from .alltoall import AllToAllDispatcher
 from .deepep import DeepEpDispatcher, deep_ep_buffer
@@ -75,6 +76,7 @@ def make_dispatcher(
     groups: dict[str, dist.ProcessGroup] | None,
     fp8: bool = False,
     transport: Transport = DIRECT,
+    reads: HostReads | None = None,
 ) -> Dispatcher:
     """`groups`: `Mesh.ep`. `align`: rows per expert.
 
@@ -87,4 +89,4 @@ def make_dispatcher(
         buffer = functools.partial(deep_ep_buffer, groups["F"])
         return DeepEpDispatcher(num_experts=num_experts, align=align, ep=groups["F"].size(), make_buffer=buffer, fp8=fp8)
     make = HierarchicalDispatcher if name == "hierarchical" else AllToAllDispatcher
-    return make(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport)
+    return make(num_experts=num_experts, align=align, groups=groups, fp8=fp8, transport=transport, reads=reads)

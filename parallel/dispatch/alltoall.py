@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...kernels.fp8_rows import Fp8Rows
 from ...kernels.permute import permute, sum_copies
+from ..host_reads import HostReads
 from ..phases import Pending
 from ..transport import DIRECT, Transport
-from .counts import HostCopies, HostCounts
+from .counts import HostCounts
 from .routing import Routing
 from .wire import as_bytes, attach, detach, exchange, from_bytes, quantised
 
@@ -31,15 +32,16 @@ class AllToAllDispatcher:
         groups: dict[str, dist.ProcessGroup],
         fp8: bool = False,
         transport: Transport = DIRECT,
+        reads: HostReads | None = None,
     ):
         self.num_experts, self.align, self.groups, self.fp8, self.transport = num_experts, align, groups, fp8, transport
-        self.ep, self.copies = groups["F"].size(), HostCopies()
+        self.ep, self.reads = groups["F"].size(), reads or HostReads()
 
     def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
         maps = r.place(slot_of_E, self.num_experts, 1)
         r.order_N = maps.copy_of_R
         sent_Pe = maps.counts_e.view(self.ep, -1)
-        r.counts = HostCounts(sent_Pe, group=self.groups["F"], transport=self.transport, copies=self.copies)
+        r.counts = HostCounts(sent_Pe, group=self.groups["F"], transport=self.transport, reads=self.reads)
 
     def wait_counts(self, r: Routing) -> None:
         """Only now does the host know the sizes."""

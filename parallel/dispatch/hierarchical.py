@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ...kernels.permute import sum_copies
 from ...kernels.row_maps import row_maps
+from ..host_reads import HostReads
 from ..phases import Pending
 from ..transport import DIRECT, Transport
 from .alltoall import expert_outputs, expert_rows, kinds_of
-from .counts import HostCopies, HostCounts
+from .counts import HostCounts
 from .routing import Routing
 from .wire import as_bytes, attach, detach, exchange, quantised
 
@@ -62,11 +63,12 @@ class HierarchicalDispatcher:
         groups: dict[str, dist.ProcessGroup],
         fp8: bool = False,
         transport: Transport = DIRECT,
+        reads: HostReads | None = None,
     ):
         self.num_experts, self.align, self.groups, self.fp8, self.transport = num_experts, align, groups, fp8, transport
         self.nodes, self.places = groups["F across"].size(), groups["F inside"].size()
         self.node, self.place = groups["F across"].rank(), groups["F inside"].rank()
-        self.copies, self.node_slots = HostCopies(), num_experts // self.nodes
+        self.reads, self.node_slots = reads or HostReads(), num_experts // self.nodes
 
     def start(self, r: Routing, slot_of_E: Tensor | None = None) -> None:
         slot_TK = r.slots(slot_of_E)
@@ -83,7 +85,7 @@ class HierarchicalDispatcher:
         rows_Gn1 = wanted_GT.sum(1)[:, None, None].expand(-1, self.places, 1)
         copies_Gnn = counts_Gne.sum(2)[:, None].expand(-1, self.places, -1)
         sent_PC = torch.cat([counts_Gne, rows_Gn1, copies_Gnn], 2).flatten(0, 1)
-        r.counts = HostCounts(sent_PC, group=self.groups["counts"], transport=self.transport, copies=self.copies)
+        r.counts = HostCounts(sent_PC, group=self.groups["counts"], transport=self.transport, reads=self.reads)
 
     def wait_counts(self, r: Routing) -> None:
         """Only now does the host know the sizes, of both legs."""

@@ -60,7 +60,8 @@ class Routing:
         They arrive by peer, then expert, then node of the sender: sender S = node * peers + peer. With one node, peers are the senders.
         """
         totals = on_host_Se.sum(0)
-        num_copies, num_rows = int(totals.sum()), int(((totals + align - 1) // align * align).sum())
+        padded = ((totals + align - 1) // align * align).tolist()
+        num_copies, num_rows = int(totals.sum()), sum(padded)
         padded_e = (counts_Se.sum(0) + align - 1) // align * align
         ends_e = padded_e.cumsum(0)
         row_Se = ends_e - padded_e + counts_Se.cumsum(0) - counts_Se  # where a sender's copies for an expert begin
@@ -70,7 +71,7 @@ class Routing:
         self.row_of_M = copies_M + shift_A.repeat_interleave(counts_A, output_size=num_copies)
         room = copies_M.new_full((rows_bound(num_copies, len(padded_e), align),), -1)
         self.copy_of_R = room[:num_rows].index_copy_(0, self.row_of_M, copies_M)
-        self.groups = RowGroups(ends_e=ends_e.to(torch.int32), align=align)
+        self.groups = RowGroups(ends_e=ends_e.to(torch.int32), align=align, on_host=padded)
 
 
 class Dispatcher(Protocol):

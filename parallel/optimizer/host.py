@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class HostLink:
-    """On CUDA: pinned memory, and a stream for each direction. On a CPU the same calls copy at once."""
+    """On CUDA: pinned memory, and a stream for each direction. On a CPU the same calls copy at once; what is on meta has a host there."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._device, self._host = device, torch.device("meta" if device.type == "meta" else "cpu")
         self._down, self._up = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,), on the host."""
-        return torch.empty(numel, dtype=dtype, pin_memory=self._down is not None)
+        return torch.empty(numel, dtype=dtype, device=self._host, pin_memory=self._down is not None)
 
     def download(self, host: Tensor, source: Tensor) -> Callable[[], None]:
         """Start `host.copy_(source)`, after the work that is enqueued; the result, called, waits until it is there."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._torch import adamw
 
-BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements of narrow moments that are widened at a time: a CPU's cache, a GPU's small change
+# Elements of narrow moments that are widened at a time: a CPU's cache, a GPU's small change. Tensors on meta stand for a GPU's.
+BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24, "meta": 1 << 24}
 MATRICES = 1 << 25  # elements that are orthogonalised at a time: experts' small matrices together, large ones one by one
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5 on singular values, five times: what is above 1.5e-3 ends in 0.68 to 1.2
 NEWTON_SCHULZ_STEPS = 5

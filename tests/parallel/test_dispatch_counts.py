@@ -6,8 +6,9 @@ import torch.distributed as dist
 from shoestring.conf.schema import ParallelConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.dispatch import Routing, make_dispatcher
-from shoestring.parallel.dispatch.counts import HostCopies, HostCounts
+from shoestring.parallel.dispatch.counts import HostCounts
 from shoestring.parallel.groups import Mesh
+from shoestring.parallel.host_reads import HostReads
 from shoestring.parallel.transport import Transport
 
 
@@ -36,7 +37,7 @@ def test_the_order_of_things():
     seen = []
     exchange = Exchange(seen)
     sent_PC = torch.arange(6).view(2, 3)
-    counts = HostCounts(sent_PC, group=None, transport=exchange, copies=exchange)
+    counts = HostCounts(sent_PC, group=None, transport=exchange, reads=exchange)
     assert seen == ["exchange begun", "copy begun"], "nobody has waited"
     received, sent_on_host, received_on_host = counts.wait()
     assert seen[2:] == ["exchange waited for", "copy waited for"], "of the host's waits this is the only one"
@@ -45,7 +46,7 @@ def test_the_order_of_things():
 
 def test_on_the_host_nothing_is_copied():
     exchange = Exchange(seen := [])
-    counts = HostCounts(torch.ones(2, 3, dtype=torch.int64), group=None, transport=exchange, copies=HostCopies())
+    counts = HostCounts(torch.ones(2, 3, dtype=torch.int64), group=None, transport=exchange, reads=HostReads())
     received, _, received_on_host = counts.wait()
     assert received.data_ptr() == received_on_host.data_ptr() and "copy begun" not in seen
 
@@ -70,7 +71,7 @@ def test_on_a_gpu_the_copy_waits_for_the_exchange_and_the_host_for_neither():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        counts = HostCounts(sent_PC, group=None, transport=exchange, copies=HostCopies())
+        counts = HostCounts(sent_PC, group=None, transport=exchange, reads=HostReads())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not exchange.over.query(), "the host did not wait"
@@ -91,8 +92,8 @@ def host_reads(name):
 
     groups = Mesh.create(ParallelConfig(ep=ranks, dispatcher=name), dist.get_rank(), gpus_per_node=2).ep
     dispatcher = make_dispatcher(name, num_experts=2 * ranks, align=8, groups=groups, transport=Watching())
-    begin, steps = dispatcher.copies.begin, []
-    dispatcher.copies.begin = lambda tensor, work: (seen.append("copy"), begin(tensor, work))[1]
+    begin, steps = dispatcher.reads.begin, []
+    dispatcher.reads.begin = lambda tensor, work: (seen.append("copy"), begin(tensor, work))[1]
     r = Routing(expert_TK=torch.rand(10, 2 * ranks).topk(2).indices)
     for step in (
         lambda: dispatcher.start(r),

@@ -19,6 +19,7 @@ from shoestring.conf.phases import phases
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.dispatch import Routing
 from shoestring.parallel.executor import Executor
+from shoestring.parallel.host_reads import HostReads
 from shoestring.parallel.phases import ComputePhase, MicroBatch
 from shoestring.parallel.placement import rank_overload
 from shoestring.parallel.schedule import Op
@@ -86,14 +87,16 @@ def test_counts_of_the_global_batch_are_whole_numbers(recipe, monkeypatch):
     load_E[7] += 1
     sums = {name: torch.tensor(0.5, dtype=torch.float64) for name in ROUTER_SUMS}
     stages = {0: SimpleNamespace(stats={3: SimpleNamespace(take=lambda: (load_E, sums))})}
-    rank = SimpleNamespace(config=recipe, nominal_tokens=SEQ_LEN, device="cpu", _heads=lambda batches: batches, stages=stages)
+    rank = SimpleNamespace(
+        config=recipe, nominal_tokens=SEQ_LEN, device="cpu", reads=HostReads(), _heads=lambda batches: batches, stages=stages
+    )
 
     def all_reduce(packed):
         assert packed.dtype == torch.float64
         packed.copy_(torch.tensor([float(128 * Fraction(value)) for value in packed.tolist()], dtype=torch.float64))
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    batches = [SimpleNamespace(num_targets=SEQ_LEN - 1) for _ in range(120)]
+    batches = [SimpleNamespace(num_targets=torch.tensor(SEQ_LEN - 1)) for _ in range(120)]
     totals = Engine._reduce_counts(rank, losses, batches, torch.tensor([2.0**40 + 1], dtype=torch.float64))
     assert totals.tokens == SEQUENCES * (SEQ_LEN - 1) == 62_899_200
     assert totals.losses == [2.5 * TOKENS, 3.5 * TOKENS] and totals.router_sums == [64.0] * 3

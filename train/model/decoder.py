@@ -233,8 +233,10 @@ def materialise(stage: Stage, *, seed: int, ep_rank: int = 0, device: torch.devi
     """Give a stage built on meta its initial weights: normal with `init_std`, norms 1, biases 0.
 
     Each matrix (each expert's on its own) has a generator seeded by its global name, on the CPU, so that the weights of a seed are the
-    same under every layout and on every device.
+    same under every layout and on every device. On meta there are none: nothing is done.
     """
+    if torch.device(device).type == "meta":
+        return
     for name, param in stage.named_parameters():
         if param.is_meta:
             weight = initial_weight(name, param, stage.m, seed=seed, ep_rank=ep_rank).to(device)

@@ -1,0 +1,113 @@
+"""A rehearsal against what it rehearses: the same step on gloo ranks, its links counted by a `Fabric`, its storage by the same meter."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from shoestring.conf.compose import load
+from shoestring.launch.local import fork_ranks
+from shoestring.launch.rehearse.rank import metered, rehearse, run, used_rows
+from shoestring.launch.rehearse.routing import Routing
+from shoestring.parallel.fabric import Fabric, Link
+from shoestring.parallel.host_reads import HostReads
+from shoestring.parallel.phases import MicroBatch
+from shoestring.train.engine import Engine
+
+# Values as wide as keys: the CPU's attention pads others. Activations are most of what is held.
+BASE = [
+    "model=micro", "data=synthetic", "data.seq_len=256", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=16",
+    "model.max_seq_len=256", "optim.ema_decay=0", "cluster.gpus_per_node=2",
+]  # fmt: skip
+LAYOUTS = {
+    "pp2ep2": ["parallel.pp=2", "parallel.ep=2"],
+    "by nodes": ["parallel.ep=4", "parallel.dispatcher=hierarchical", "train.recompute=[mla_up,swiglu]"],
+    "dualpipev": ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.chunks=2", "model.num_layers=4"],
+    "dualpipe": ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"],
+    "edp2, tied, predicting": ["parallel.edp=2", "parallel.ep=2", "model.tie_embeddings=true", "model.mtp_depth=1"],
+    "recomputing": ["parallel.pp=2", "parallel.ep=2", "train.recompute=[norm,attention,experts]"],
+    "discarding": ["parallel.pp=2", "parallel.ep=2", "train.recompute=[norm]"],
+    "muon": ["parallel.pp=2", "parallel.ep=2", "optim.algorithm=muon"],
+    "one rank": [],
+}
+
+
+def words_of(layout, *more):
+    config = load([*BASE, *LAYOUTS[layout], *more, "train.global_batch_tokens=2048"])
+    batch = 256 * config.parallel.dp * (2 * config.parallel.pp * config.parallel.chunks)  # micro-batches of one sequence
+    return [*BASE, *LAYOUTS[layout], *more, f"train.global_batch_tokens={batch}"]
+
+
+class Recording(HostReads):
+    def __init__(self):
+        self.counts = []
+
+    def begin(self, tensor, work):
+        def arrived(values=super().begin(tensor, work)):
+            self.counts[place] = values().clone()
+            return self.counts[place]
+
+        place = len(self.counts)
+        self.counts.append(None)
+        return arrived
+
+
+class Recorded(HostReads):
+    """Counts as they were, in their order."""
+
+    def __init__(self, counts):
+        self.counts = iter(counts)
+
+    def wait(self, tensor):
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    def begin(self, tensor, work):
+        counts = next(self.counts)
+        return lambda: counts
+
+
+def real_step(words, on_fabric):
+    """This rank's counts of rows; bytes over each link; parameters; peak and what it was made of."""
+    config, rank, reads = load(words), dist.get_rank(), Recording()
+    fabric = Fabric(rank, [r // config.cluster.gpus_per_node for r in range(dist.get_world_size())], intra=Link(), inter=Link())
+    engine = Engine(config, reads=reads, **({"transport": fabric} if on_fabric else {}))
+    rows = torch.randint(config.model.vocab_size, (config.num_micro_batches, 1, 258), generator=torch.Generator().manual_seed(rank))
+    width = 256 + config.model.mtp_depth
+    batches = [MicroBatch(tokens_BS=r[:, :256].clone(), targets_BN=r[:, 1 : 1 + width].clone()) for r in rows]
+    if on_fabric:
+        engine.train_step(batches, lr=1e-3)
+        return reads.counts, fabric.sent_bytes
+    call = lambda name, function, args, kwargs: function(*args, **kwargs)
+    meter = metered(engine, batches, call=call, used=used_rows(config, Routing(config, 0)))
+    run(engine, meter, batches)
+    peak, params = meter.memory.peak, sum(p.numel() for p in engine.parameters().values())
+    return (
+        reads.counts,
+        meter.in_actions.sent + meter.beside.sent,
+        params,
+        (peak.bytes, peak.by_category, peak.at),
+        (meter.in_actions.flops + meter.beside.flops),
+    )
+
+
+WIRE = ("dispatch F", "combine F", "dispatch B", "combine B", "counts", "pipeline")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_the_real_step(layout, precision):
+    words = words_of(layout, f"precision={precision}")
+    config = load(words)
+    ranks = config.parallel.world_size
+    on_links = fork_ranks(ranks, real_step, words, True)
+    measured = fork_ranks(ranks, real_step, words, False)
+    for rank in {0, ranks - 1}:
+        counts, sent, params, (peak, by_category, at), flops = measured[rank]
+        r = rehearse(config, rank, reads=Recorded(counts) if counts else None, like_cpu=True)
+        print(layout, precision, rank, r.peak_bytes / peak - 1, r.peak_at, at, r.by_category, by_category, r.flops / flops - 1)
+        assert r.micro_batches == r.of_micro_batches == config.num_micro_batches
+        assert sum(r.params.values()) == params
+        assert r.sent == pytest.approx({key: float(n) for key, n in sent.items()}, rel=1e-12)
+        assert [torch.equal(a, b) for a, b in zip(counts, on_links[rank][0], strict=True)] == [True] * len(counts)
+        for link, num_bytes in on_links[rank][1].items():
+            assert sum(n for (name, at_link), n in r.sent.items() if name in WIRE and at_link == link) == num_bytes
+        assert r.flops == pytest.approx(flops, rel=1e-3)
+        assert r.peak_bytes == pytest.approx(peak, rel=0.01) and r.peak_at == at
