@@ -212,6 +212,30 @@ def _verify(args: argparse.Namespace) -> int:
     return _call("shoestring.launch.verify.command:main", args.overrides, args.config_dir)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=(
+        "gpus=N or auto; tokens=N of the run; budget_usd=N; deadline_days=N; search=false prices the layout given; top=5 plans; "
+        "output=plan.json; page=plan.html; and " + _OVERRIDES))  # fmt: skip
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    environment.prepare(threads=1)
+    return _call("shoestring.launch.plan.command:main", args.overrides, args.config_dir)
+
+
+def _launch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="plan=FILE as `shoestring plan` wrote it, number=1; " + _OVERRIDES
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+
+
+def _launch(args: argparse.Namespace) -> int | None:
+    words = _call("shoestring.launch.plan.plans:launch_words", args.overrides)
+    return _train(argparse.Namespace(overrides=words, config_dir=args.config_dir, cfg=None))
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     kernels = actions.add_parser("kernels", help="every op: right, how fast, and beside what torch has")
@@ -296,6 +320,22 @@ COMMANDS = {
             "shoestring verify model=tiny layouts=pp2ep2,ep4 steps=2       two layouts of another model",
             "shoestring verify target=deepspeed                            DeepSpeed's expert parallelism under the same certificate",
         ),
+    ),
+    "plan": Command(
+        help="price a training run before it is paid for: the cheapest layouts of a cluster, projected",
+        arguments=_plan_arguments,
+        run=_plan,
+        examples=(
+            "shoestring plan model=deepseek_v3 cluster=h800 precision=fp8 gpus=2048 tokens=14.8e12",
+            "shoestring plan experiment=deepseek_v3 precision=fp8 gpus=auto deadline_days=90",
+            "shoestring plan experiment=deepseek_v3 parallel.schedule=1f1b search=false         this layout, whatever there is beside it",
+        ),
+    ),
+    "launch": Command(
+        help="train as a plan says",
+        arguments=_launch_arguments,
+        run=_launch,
+        examples=("shoestring launch plan=plan.json", "shoestring launch plan=plan.json number=2 run_dir=runs/second"),
     ),
     "bench": Command(
         help="time the kernels and a training step on this machine's GPU, beside what torch and others have; or a cluster, for plans",

@@ -7,6 +7,7 @@ from ...conf.errors import divisors
 from ...conf.rules import replaced
 from ...conf.schema import ClusterConfig, Config, ParallelConfig
 from ...parallel.schedule import SCHEDULES, share_layers
+from ...parallel.schedule.stages import stages_text
 from ..simulate.rates import Rates
 from ..simulate.stage import Compute, Load, stages
 
@@ -66,7 +67,8 @@ class Layout:
         sizes = f"pp {self.pp} x edp {self.edp} x ep {self.ep}"
         schedule = [self.schedule] * (self.pp > 1 or self.schedule != "1f1b")
         rest = [self.dispatcher] * (self.dispatcher != "auto") + [f"micro-batch {self.sequences}"] * (self.sequences > 1)
-        return ", ".join([sizes, *schedule, *rest, f"recompute {'+'.join(self.recompute) or 'nothing'}"])
+        again = [f"recompute {'+'.join(self.recompute)}"] * bool(self.recompute)
+        return ", ".join([sizes, *schedule, *rest, *again, *[f"stages {self.stages}"] * bool(self.stages)])
 
 
 def candidates(config: Config, gpus: int, fixed: frozenset[str]) -> Iterator[Layout]:
@@ -138,5 +140,5 @@ class _Splits:
         if key not in self.made:
             p = ParallelConfig(pp=pp, schedule=schedule, chunks=chunks)
             parts = share_layers(p, self.layers, first=self.first, last=self.last) if pp * chunks > 1 else []
-            self.made[key] = "|".join(str(len(part)) for part in parts)
+            self.made[key] = stages_text(list(map(len, parts)))
         return self.made[key]

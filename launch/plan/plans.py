@@ -97,3 +97,14 @@ def read_words(path: Path, number: int = 1) -> list[str]:
     if not 1 <= number <= len(plans):
         raise ConfigError("number", number, f"{path} has {len(plans)} plans", min(max(number, 1), len(plans)) or None)
     return [str(word) for word in plans[number - 1]["words"]]
+
+
+def launch_words(words: Sequence[str]) -> list[str]:
+    """Of a plan's run: those of its file, then the others. Raises ConfigError where no plan is named."""
+    own = {key: value for key, equals, value in (word.partition("=") for word in words) if key in ("plan", "number")}
+    if "plan" not in own:
+        raise ConfigError("plan", "", "must be given: shoestring launch plan=plan.json")
+    if not own.get("number", "1").isdecimal():
+        raise ConfigError("number", own["number"], "must be a whole number: 1 is the best plan", 1)
+    others = [word for word in words if word.partition("=")[0] not in own]
+    return [*read_words(Path(own["plan"]), int(own.get("number", "1"))), *others]

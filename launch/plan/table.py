@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from ...train import units
 from .plans import Plan
 
-COLUMNS = ("layout", "$/T tokens", "tokens/s/GPU", "MFU", "bubble", "exposed", "memory", "days", "dollars")
+COLUMNS = ("$/T tokens", "tokens/s/GPU", "MFU", "bubble", "exposed", "memory", "time", "dollars", "layout")
 
 
 def rows(plans: Sequence[Plan]) -> list[str]:
     """The best first, aligned."""
     cells = [COLUMNS, *(_row(plan) for plan in plans)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    left = lambda i, cell: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])
+    left = lambda i, cell: cell if COLUMNS[i] == "layout" else cell.rjust(widths[i])
     return ["  ".join(left(i, cell) for i, cell in enumerate(row)).rstrip() for row in cells]
 
 
@@ -20,15 +20,15 @@ def _row(plan: Plan) -> tuple[str, ...]:
     run, step = plan.run, plan.step
     share = lambda name: units.percent(step.parts[name] / step.ideal)
     return (
-        str(plan.layout),
         units.money(run.dollars.likely / run.tokens * 1e12),
         f"{run.tokens_per_second_per_gpu.likely:,.0f}",
         units.percent(run.mfu.likely) if run.mfu else "-",
         share("bubble"),
         share("exposed communication"),
         f"{plan.memory_gb[1.0]:.1f} GB",
-        f"{run.days.likely:.1f}",
+        _time(run.days.likely),
         units.money(run.dollars.likely),
+        str(plan.layout),
     )
 
 
@@ -46,7 +46,8 @@ def details(plan: Plan) -> list[str]:
     ideal = f"ideal {run.gpus * step.ideal / 3600 / step.tokens * 1e9:.4g} K"
     lines += [
         f"{kilo}, {ideal}",
-        f"{units.count(run.tokens)} tokens on {run.gpus:,} x {c.cluster.device}: {_interval(run.days, '.1f')} days, "
+        f"{units.count(run.tokens)} tokens on {run.gpus:,} x {c.cluster.device}: {_time(run.days.likely)} "
+        f"({_time(run.days.low)} to {_time(run.days.high)}), "
         f"{units.money(run.dollars.likely)} ({units.money(run.dollars.low)} to {units.money(run.dollars.high)}) at "
         f"${c.cluster.price_per_gpu_hour:g} per GPU-hour, {units.count(run.kwh.likely)} kWh",
         f"{units.percent(run.effective)} of the time trains: the rest is work lost to failures, and restarts",
@@ -57,6 +58,10 @@ def details(plan: Plan) -> list[str]:
     memory = ", ".join(f"{gb:.1f} at imbalance {imbalance:g}" for imbalance, gb in plan.memory_gb.items())
     lines.append(f"memory of the fullest rank, GB of {c.cluster.memory_gb:g}: {memory}; the peak is {plan.peak_at}")
     return lines
+
+
+def _time(days: float) -> str:
+    return f"{days:.1f} d" if days >= 1 else units.duration(days * 86400)
 
 
 def _interval(interval, form: str) -> str:

@@ -17,7 +17,9 @@ def parse_stages(text: str, num_layers: int, num_stages: int) -> list[range]:
     """
     words = [word.strip().split("*") for word in text.split("|")]
     if not all(len(w) <= 2 and all(part.strip().isdecimal() for part in w) for w in words):
-        raise ConfigError("parallel.stages", text, 'want blocks of each stage, such as "5|4*6|3"', _text(_near([], num_layers, num_stages)))
+        raise ConfigError(
+            "parallel.stages", text, 'want blocks of each stage, such as "5|4*6|3"', stages_text(_near([], num_layers, num_stages))
+        )
     counts = [int(n) for n, *times in words for _ in range(int(*times) if times else 1)]
     empty = [s for s, n in enumerate(counts) if n == 0 and (0 < s < num_stages - 1 or num_stages == 1)]
     rule = ""
@@ -28,7 +30,7 @@ def parse_stages(text: str, num_layers: int, num_stages: int) -> list[range]:
     elif sum(counts) != num_layers:
         rule = f"shares out {sum(counts)} blocks, and model.num_layers is {num_layers}"
     if rule:
-        raise ConfigError("parallel.stages", text, rule, _text(_near(counts, num_layers, num_stages)))
+        raise ConfigError("parallel.stages", text, rule, stages_text(_near(counts, num_layers, num_stages)))
     return [range(a, b) for a, b in pairwise(accumulate(counts, initial=0))]
 
 
@@ -41,7 +43,8 @@ def _near(counts: list[int], num_layers: int, num_stages: int) -> list[int]:
     return counts
 
 
-def _text(counts: list[int]) -> str:
+def stages_text(counts: list[int]) -> str:
+    """As `parallel.stages` has it."""
     runs = [(n, len(list(same))) for n, same in groupby(counts)]
     return "|".join(f"{n}*{times}" if times > 1 else str(n) for n, times in runs)
 
