@@ -38,10 +38,10 @@ def tables(results: dict) -> dict[str, str]:
 
 def overlap_table(rows: dict[str, tuple[dict[str, list[dict]], str]]) -> str:
     """`rows`: by name, the runs of each mode, and which of them is meant."""
-    lines = [f"{'':<26}{'step s':>26} {'x no latency':>13} {'hidden in pairs, %':>22} {'hidden in step, %':>22} {'in pairs, %':>12}"]
+    lines = [f"{'':<29}{'step s':>26} {'x no latency':>13} {'hidden in pairs, %':>22} {'hidden in step, %':>22} {'in pairs, %':>12}"]
     for name, (modes, mode) in rows.items():
         runs = modes[mode]
-        line = f"{name:<26}{spread(runs, lambda r: r['seconds'], '.3f'):>26} "
+        line = f"{name:<29}{spread(runs, lambda r: r['seconds'], '.3f'):>26} "
         line += f"{middle(runs, 'seconds') / middle(modes['no latency'], 'seconds'):>13.2f}"
         if mode != "no latency":
             line += "".join(f" {spread(runs, lambda r, k=key: 100 * (r[k] or 0), '.1f'):>22}" for key in ("hidden_in_pairs", "hidden"))
