@@ -20,6 +20,7 @@ from shoestring.launch.bench.cluster_file import Found, Machine
 from shoestring.launch.bench.fit import Rate, Sample
 from shoestring.launch.bench.links import Links
 from shoestring.launch.local import fork_ranks
+from shoestring.train.block_ops import block_calls
 from torch.utils.flop_counter import FlopCounterMode
 
 from .test_timing import FakeClock
@@ -104,21 +105,25 @@ def test_every_rate_that_plans_look_up_is_timed():
 
 
 def test_work_is_what_runs():
-    """FLOPs by torch's counter, where it counts: of products and of attention, whose causal half it takes for the whole."""
+    """FLOPs of products, by torch's counter (which has none for grouped ones)."""
     counted = 0
-    for probe in [*probes._products(False, ("fp8", "bf16", "fp32", "fp64"), PLAIN), *probes._attention(False)]:
+    for probe in probes._products(False, ("fp8", "bf16", "fp32", "fp64"), PLAIN):
         args = probe.make(Maker(CPU))
         with FlopCounterMode(display=False) as counter:
             probe.run(*args)
-        if not (flops := counter.get_total_flops()):
-            continue
-        counted += 1
-        if probe.table == "products":
+        if flops := counter.get_total_flops():
+            counted += 1
             assert flops == probe.work, probe.kind
-        elif probe.kind == "forward":
-            padded = (48 + 48) / (48 + 32)  # values, on a CPU
-            assert flops == pytest.approx(2 * padded * probe.work * probe.depth / (probe.depth + 1))
     assert counted > 30
+
+
+def test_work_is_what_plans_count():
+    """Of attention, and of what is around it: the heads on a CPU are those of `tiny`."""
+    calls = block_calls(load(["model=tiny"]).model, 0, tokens=512, seq_len=256, fp8=False, width=4)
+    of = lambda *kernels: [call for call in calls if call.kernel in kernels and call.phase == "attention"]
+    core = [probe.work for probe in probes._attention(False) if probe.depth == 256]
+    assert core == [pytest.approx(call.flops) for call in of("attention", "attention_backward")]
+    assert probes._heads(512).work == sum(call.bytes for call in of("elementwise") if call.when == "F")
 
 
 def test_tiles_that_do_not_fill_the_last_wave():
@@ -154,7 +159,7 @@ def known(machine: Machine) -> tuple[dict, list[Found]]:
     times = [(size, 2e-5 + size / 2e10) for size in links.SIZES]
     one = [(size, 1e-5 + size / 4e10) for size in links.SIZES]
     between = {"intra": Links(to_one=one, among_all=times, ranks=2), "inter": Links()}
-    return rates, [Found(samples=timed(5e-6, rates), copy_bytes_per_second=5e12, links=between, beside=(0.9, 0.8)) for _ in range(2)]
+    return rates, [Found(samples=timed(5e-6, rates), copy_bytes_per_second=3e11, links=between, beside=(0.9, 0.8)) for _ in range(2)]
 
 
 def test_a_cpu_is_what_was_measured():
@@ -168,6 +173,7 @@ def test_a_cpu_is_what_was_measured():
         whole = {"products": cluster.peak_tflops.get(kind.removesuffix("_wgrad"), 0) * 1e12, "memory": cluster.memory_tb_s * 1e12,
                  "attention": cluster.peak_tflops["fp32"] * 1e12}[table]  # fmt: skip
         assert getattr(r, table)[kind] * whole == pytest.approx(rate.per_second, rel=2e-3)
+    assert max(r.memory.values()) == 1  # in a cache, kernels may be faster than a copy
     assert r.products_half["bf16"] == pytest.approx(200, rel=1e-3) and r.attention_half == pytest.approx(700, rel=1e-3)
     assert (r.launch_us, r.sms, r.exchange_sms, cluster.gpus_per_node) == (pytest.approx(5, rel=1e-3), 1, 0, 2)
     # more processes than cores are on this host as well
