@@ -58,7 +58,8 @@ def recomputed(
 
 
 def _identity(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    """Not by address: on meta there is none. Torch keeps a storage's Python object as long as the storage."""
+    return id(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def discard(tensor: Tensor) -> None:

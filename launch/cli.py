@@ -236,6 +236,18 @@ def _launch(args: argparse.Namespace) -> int | None:
     return _train(argparse.Namespace(overrides=words, config_dir=args.config_dir, cfg=None))
 
 
+def _rehearse_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=(
+        "ranks=all-distinct (default: one of each kind) or such as 0,17; imbalance=1.0, what the busiest rank's experts get over the mean; "
+        "out=FILE, everything as JSON; and " + _OVERRIDES))  # fmt: skip
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+
+
+def _rehearse(args: argparse.Namespace) -> None:
+    environment.prepare(threads=1)
+    _call("shoestring.launch.rehearse.command:main", args.overrides, args.config_dir)
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     kernels = actions.add_parser("kernels", help="every op: right, how fast, and beside what torch has")
@@ -336,6 +348,15 @@ COMMANDS = {
         arguments=_launch_arguments,
         run=_launch,
         examples=("shoestring launch plan=plan.json", "shoestring launch plan=plan.json number=2 run_dir=runs/second"),
+    ),
+    "rehearse": Command(
+        help="run the step of any rank of a job of thousands here, without GPUs: memory, FLOPs and bytes sent",
+        arguments=_rehearse_arguments,
+        run=_rehearse,
+        examples=(
+            "shoestring rehearse experiment=deepseek_v3                    every kind of rank of 2,048",
+            "shoestring rehearse experiment=deepseek_v3 precision=fp8 ranks=0,1024 imbalance=1.5 out=rehearsal.json",
+        ),
     ),
     "bench": Command(
         help="time the kernels and a training step on this machine's GPU, beside what torch and others have; or a cluster, for plans",

@@ -39,13 +39,15 @@ class Rehearsal:
     of actions are those times `of_micro_batches / micro_batches`: all are alike.
 
     `by_category`: weights, main_grads, optimizer, casts (to FP8), activations, exchange (buffers), working, other.
-    `sent`: payload by (collective, link) as in `train/traffic.py`. `flops`: of all that ran, what was recomputed too.
+    `sent`: payload by (collective, link) as in `train/traffic.py`. `flops`: of all micro-batches, what was recomputed
+    too; `optimizer_flops`: of what Muon multiplies.
     """
 
     rank: int
     stages: dict[int, list[int]]  # held: stage -> its blocks
     params: dict[str, int]  # dense, expert
     flops: int
+    optimizer_flops: int
     peak_bytes: int
     by_category: dict[str, int]
     peak_at: str
@@ -143,7 +145,8 @@ def told(engine: Engine, meter: Meter, num: int) -> Rehearsal:
         rank=engine.mesh.rank,
         stages={index: [int(layer) for layer in stage.layers] for index, stage in engine.stages.items()},
         params={"dense": sum(param.numel() for param in own.values()) - experts, "expert": experts},
-        flops=int(meter.in_actions.flops * more + meter.beside.flops),
+        flops=int(meter.in_actions.flops * more),
+        optimizer_flops=meter.beside.flops,
         peak_bytes=peak.bytes,
         by_category=peak.by_category,
         peak_at=peak.at,

@@ -20,7 +20,8 @@ def quantised(x_ND: Tensor, direction: str) -> Quantised:
 
 def as_bytes(q: Quantised, *, more: int) -> Tensor:
     """Codes (N, D) and scales (B, N) -> uint8 (N, C): with `more` bytes beside it, a row is a multiple of 16."""
-    parts = [q.codes.view(torch.uint8), q.scales.t().contiguous().view(torch.uint8)]
+    scales_NB = q.scales.t().clone(memory_format=torch.contiguous_format)  # of one block a row, torch takes any stride as contiguous
+    parts = [q.codes.view(torch.uint8), scales_NB.view(torch.uint8)]
     width = sum(part.shape[1] for part in parts)
     return F.pad(torch.cat(parts, 1), (0, -(width + more) % 16))
 

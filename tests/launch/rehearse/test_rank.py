@@ -1,4 +1,7 @@
-"""A rehearsal against what it rehearses: the same step on gloo ranks, its links counted by a `Fabric`, its storage by the same meter."""
+"""A rehearsal against what it rehearses: the same step on gloo ranks, its links counted by a `Fabric`, its storage by the same meter.
+
+Row counts are those that the ranks really read; who has all experts reads none, and its padding is that of even routing.
+"""
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ from shoestring.train.engine import Engine
 
 # Values as wide as keys: the CPU's attention pads others. Activations are most of what is held.
 BASE = [
-    "model=micro", "data=synthetic", "data.seq_len=256", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=16",
-    "model.max_seq_len=256", "optim.ema_decay=0", "cluster.gpus_per_node=2",
+    "model=micro", "data=synthetic", "data.seq_len=128", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=16", "model.v_head_dim=32",
+    "model.max_seq_len=128", "optim.ema_decay=0", "cluster.gpus_per_node=2",
 ]  # fmt: skip
 LAYOUTS = {
     "pp2ep2": ["parallel.pp=2", "parallel.ep=2"],
@@ -32,7 +35,7 @@ LAYOUTS = {
 
 def words_of(layout, *more):
     config = load([*BASE, *LAYOUTS[layout], *more, "train.global_batch_tokens=2048"])
-    batch = 256 * config.parallel.dp * (2 * config.parallel.pp * config.parallel.chunks)  # micro-batches of one sequence
+    batch = 128 * config.parallel.dp * (2 * config.parallel.pp * config.parallel.chunks)  # micro-batches of one sequence
     return [*BASE, *LAYOUTS[layout], *more, f"train.global_batch_tokens={batch}"]
 
 
@@ -41,12 +44,13 @@ class Recording(HostReads):
         self.counts = []
 
     def begin(self, tensor, work):
-        def arrived(values=super().begin(tensor, work)):
+        place, values = len(self.counts), super().begin(tensor, work)
+        self.counts.append(None)
+
+        def arrived():
             self.counts[place] = values().clone()
             return self.counts[place]
 
-        place = len(self.counts)
-        self.counts.append(None)
         return arrived
 
 
@@ -69,9 +73,9 @@ def real_step(words, on_fabric):
     config, rank, reads = load(words), dist.get_rank(), Recording()
     fabric = Fabric(rank, [r // config.cluster.gpus_per_node for r in range(dist.get_world_size())], intra=Link(), inter=Link())
     engine = Engine(config, reads=reads, **({"transport": fabric} if on_fabric else {}))
-    rows = torch.randint(config.model.vocab_size, (config.num_micro_batches, 1, 258), generator=torch.Generator().manual_seed(rank))
-    width = 256 + config.model.mtp_depth
-    batches = [MicroBatch(tokens_BS=r[:, :256].clone(), targets_BN=r[:, 1 : 1 + width].clone()) for r in rows]
+    rows = torch.randint(config.model.vocab_size, (config.num_micro_batches, 1, 130), generator=torch.Generator().manual_seed(rank))
+    width = 128 + config.model.mtp_depth
+    batches = [MicroBatch(tokens_BS=r[:, :128].clone(), targets_BN=r[:, 1 : 1 + width].clone()) for r in rows]
     if on_fabric:
         engine.train_step(batches, lr=1e-3)
         return reads.counts, fabric.sent_bytes
@@ -83,7 +87,7 @@ def real_step(words, on_fabric):
         reads.counts,
         meter.in_actions.sent + meter.beside.sent,
         params,
-        (peak.bytes, peak.by_category, peak.at),
+        (peak.bytes, peak.at),
         (meter.in_actions.flops + meter.beside.flops),
     )
 
@@ -91,8 +95,10 @@ def real_step(words, on_fabric):
 WIRE = ("dispatch F", "combine F", "dispatch B", "combine B", "counts", "pipeline")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+CASES = [(layout, "fp32") for layout in LAYOUTS] + [("pp2ep2", "fp8"), ("by nodes", "fp8"), ("discarding", "fp8"), ("pp2ep2", "bf16")]
+
+
+@pytest.mark.parametrize(("layout", "precision"), CASES)
 def test_as_the_real_step(layout, precision):
     words = words_of(layout, f"precision={precision}")
     config = load(words)
@@ -100,14 +106,13 @@ def test_as_the_real_step(layout, precision):
     on_links = fork_ranks(ranks, real_step, words, True)
     measured = fork_ranks(ranks, real_step, words, False)
     for rank in {0, ranks - 1}:
-        counts, sent, params, (peak, by_category, at), flops = measured[rank]
+        counts, sent, params, (peak, at), flops = measured[rank]
         r = rehearse(config, rank, reads=Recorded(counts) if counts else None, like_cpu=True)
-        print(layout, precision, rank, r.peak_bytes / peak - 1, r.peak_at, at, r.by_category, by_category, r.flops / flops - 1)
         assert r.micro_batches == r.of_micro_batches == config.num_micro_batches
         assert sum(r.params.values()) == params
         assert r.sent == pytest.approx({key: float(n) for key, n in sent.items()}, rel=1e-12)
         assert [torch.equal(a, b) for a, b in zip(counts, on_links[rank][0], strict=True)] == [True] * len(counts)
         for link, num_bytes in on_links[rank][1].items():
             assert sum(n for (name, at_link), n in r.sent.items() if name in WIRE and at_link == link) == num_bytes
-        assert r.flops == pytest.approx(flops, rel=1e-3)
+        assert r.flops + r.optimizer_flops == pytest.approx(flops, rel=1e-3 if counts else 0.02)
         assert r.peak_bytes == pytest.approx(peak, rel=0.01) and r.peak_at == at
