@@ -17,7 +17,6 @@ LADDER = {
     "ladder_8": (8, 2.70, 0.45, 200e9, 16),
     "ladder_64": (64, 15.96, 2.58, 2e12, 64),
     "ladder_2048": (2048, 671.03, 36.63, 14.8e12, 120),
-    "dense_405b": (16384, 405.85, 403.75, 15.6e12, 8),  # parameters as published; the embedding, 2.1 B, is looked up
 }
 
 
@@ -80,3 +79,7 @@ def test_the_dense_model_is_llamas():
     assert block.experts == block.router == block.shared == 0
     assert cost.attention_flops(m, 8191) == 2 * 2 * dim * 8192 / 2
     assert cost.num_params(m).total == pytest.approx(405.85e9, rel=0.001)
+    config = load(["experiment=dense_405b"])
+    validate(config)
+    assert (config.model.name, config.precision.products, config.data.seq_len) == ("llama3_405b", "bf16", 8192)
+    assert (config.train.tokens, config.train.global_batch_tokens) == (15.6e12, 2**24)
