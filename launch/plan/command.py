@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import MISSING
+
 from ...conf.compose import load
 from ...conf.errors import ConfigError, closest
 from ...conf.rules import replaced
@@ -120,35 +122,44 @@ def _plain(request: Request, tokens: float) -> dict:
 
 
 def compose(request: Request) -> tuple[Config, list[str]]:
-    """The configuration of one process, with a batch and a sequence length for what nobody set. Raises ConfigError."""
+    """The configuration of one process, with a batch, a sequence length and a number of tokens for what nobody set; and what was made up.
+    Raises ConfigError."""
     words, notes, chosen = list(request.words), [], request.fixed
-    if not any(word.partition("=")[0] in ("data", "data.sources") for word in words):
-        words.append("data=synthetic")  # its text is not looked at
-    config = load(words, request.config_dir)
+    config = _load(words, request.config_dir)
     if "experiment" in chosen:
         return config, notes
+    seq_len = config.data.seq_len
     if "data.seq_len" not in chosen:
         seq_len = min(4096, config.model.max_seq_len)
         words.append(f"data.seq_len={seq_len}")
-        notes.append(f"data.seq_len is not given: sequences of {seq_len} tokens")
+        notes.append(f"data.seq_len is not given: sequences of {seq_len:,} tokens")
     if "train.global_batch_tokens" not in chosen:
-        seq_len = int(next(w for w in reversed(words) if w.startswith("data.seq_len=")).partition("=")[2])
         gpus = request.gpus or config.parallel.world_size
-        sequences = _round(max(1, (request.gpus or 64) * TOKENS_PER_GPU // seq_len), config.parallel.dp)
+        sequences = _round(max(1, (request.gpus or 64) * TOKENS_PER_GPU // seq_len))
         words.append(f"train.global_batch_tokens={sequences * seq_len}")
-        notes.append(
-            f"train.global_batch_tokens is not given: {sequences} sequences a step, {TOKENS_PER_GPU:,} tokens for each of {gpus:,} GPUs"
-        )
-    return load(words, request.config_dir), notes
+        notes.append(f"train.global_batch_tokens is not given: {sequences:,} sequences a step, for {gpus:,} GPUs")
+    if not chosen & {"train.tokens", "train.steps"} and not request.tokens:
+        words.append("train.tokens=1_000_000_000_000")
+        notes.append("tokens is not given: a trillion")
+    return _load(words, request.config_dir), notes
 
 
-def _round(sequences: int, dp: int) -> int:
-    """To a number with many divisors: what data-parallel ranks and micro-batches share out."""
+def _load(words: list[str], config_dir: str | None) -> Config:
+    """A plan does not look at data: where its sources lack something, it has any. `words` grows by that."""
+    for _ in range(len(words) + 8):
+        try:
+            return load(words, config_dir)
+        except ConfigError as error:
+            if not error.field.startswith("data.sources.") or error.value != MISSING:
+                raise
+            words.append(f"{error.field}=[any]")
+    return load(words, config_dir)
+
+
+def _round(sequences: int) -> int:
+    """Down to a number with many divisors, for ranks and micro-batches to share out."""
     unit = 1 << max(0, sequences.bit_length() - 5)
-    while unit % dp and dp > 1:
-        unit *= dp
-        break
-    return max(unit, sequences // unit * unit)
+    return max(1, sequences // unit * unit)
 
 
 def _tokens(config: Config) -> float:
@@ -214,8 +225,14 @@ def _price(plan: Plan) -> float:
     return plan.run.dollars.likely
 
 
+def priced_exactly(request: Request) -> Plan:
+    """The plan of the layout that the words make, whether it fits or not."""
+    config, _ = compose(request)
+    tokens = request.tokens or _tokens(config)
+    return _exact(request, replaced(config, "phases", type(config.phases)()), tokens).plans[0]
+
+
 def _exact(request: Request, config: Config, tokens: float) -> Outcome:
-    """The layout that the words make, whether it fits or not."""
     world = config.parallel.world_size
     if request.gpus and request.gpus != world:
         p = config.parallel
