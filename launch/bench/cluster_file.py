@@ -140,7 +140,7 @@ def _kernel_note(samples: Sequence[Sample], launch: float, rates: Mapping[tuple[
 def _sharing_notes(sharing: Mapping[int, float], cores: int) -> list[str]:
     if not sharing:
         return []
-    full = sharing.get(cores) or sharing[max(n for n in sharing if n <= max(cores, 1))]
+    full = sharing[min(sharing, key=lambda n: abs(n - cores))]
     shown = ", ".join(f"{n}: {rate / full:.2f} ({min(1.0, cores / n):.2f})" for n, rate in sharing.items())
     return [f"core sharing: the speed of one of so many busy processes, of that with {cores} (and what {cores} / processes says): {shown}"]
 
