@@ -45,6 +45,7 @@ class Page:
     method: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)  # HTML, after the charts
     kind: str = "run report"
+    notes_title: str = "Missing or unusual"
 
 
 def render(page: Page) -> str:
@@ -57,7 +58,7 @@ def render(page: Page) -> str:
         for t in page.tiles
     )
     notes = "".join(f"<li>{e(note)}</li>" for note in page.notes)
-    notes = f'<section class="notes"><h2>Missing or unusual</h2><ul>{notes}</ul></section>' if page.notes else ""
+    notes = f'<section class="notes"><h2>{e(page.notes_title)}</h2><ul>{notes}</ul></section>' if page.notes else ""
     config = f"<details><summary>Configuration</summary><pre>{e(page.config_text)}</pre></details>" if page.config_text else ""
     method = "".join(f"<li>{e(line)}</li>" for line in page.method)
     tiles = f'<section class="tiles">{tiles}</section>' if tiles else ""

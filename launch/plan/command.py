@@ -1,5 +1,6 @@
 """`shoestring plan`: words in; a table and plan.json out. Where nothing will do: what conflicts, and the nearest request that will do."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,11 @@ from ...conf.errors import ConfigError, closest
 from ...conf.rules import replaced
 from ...conf.schema import Config
 from ...train import units
+from ...train.metrics import replace_file
 from .. import exit_codes
 from . import table
 from .layouts import Layout
+from .page import page
 from .plans import Plan, planned, write
 from .search import MOST, Priced, Search, check_all, fullest_rank, search
 
@@ -38,6 +41,12 @@ class Request:
     output: Path | None = None
     page: Path | None = None
     top: int = 5
+
+    @property
+    def command(self) -> str:
+        own = {"gpus": "auto" if self.gpus is None else self.gpus, "tokens": self.tokens, "budget_usd": self.budget_usd,
+               "deadline_days": self.deadline_days, "search": "" if self.search else "false"}  # fmt: skip
+        return shlex.join(["shoestring", "plan", *self.words, *(f"{key}={value}" for key, value in own.items() if value)])
 
     @property
     def fixed(self) -> frozenset[str]:
@@ -108,6 +117,9 @@ def plan(request: Request, say=print) -> int:
     if request.output:
         write(request.output, outcome.plans, _plain(request, tokens), [*notes, *outcome.notes])
         say(f"plans    {request.output}\nrun it   shoestring launch plan={request.output}")
+    if request.page:
+        replace_file(request.page, page(outcome.plans, [*notes, *outcome.notes], request.command))
+        say(f"page     {request.page}")
     return exit_codes.OK if outcome.met else exit_codes.CONFIG
 
 

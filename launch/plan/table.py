@@ -10,13 +10,13 @@ COLUMNS = ("$/T tokens", "tokens/s/GPU", "MFU", "bubble", "exposed", "memory", "
 
 def rows(plans: Sequence[Plan]) -> list[str]:
     """The best first, aligned."""
-    cells = [COLUMNS, *(_row(plan) for plan in plans)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    left = lambda i, cell: cell if COLUMNS[i] == "layout" else cell.rjust(widths[i])
-    return ["  ".join(left(i, cell) for i, cell in enumerate(row)).rstrip() for row in cells]
+    lines = [COLUMNS, *(row(plan) for plan in plans)]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    place = lambda i, cell: cell if COLUMNS[i] == "layout" else cell.rjust(widths[i])
+    return ["  ".join(place(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines]
 
 
-def _row(plan: Plan) -> tuple[str, ...]:
+def row(plan: Plan) -> tuple[str, ...]:
     run, step = plan.run, plan.step
     share = lambda name: units.percent(step.parts[name] / step.ideal)
     return (
@@ -26,7 +26,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
         share("bubble"),
         share("exposed communication"),
         f"{plan.memory_gb[1.0]:.1f} GB",
-        _time(run.days.likely),
+        days(run.days.likely),
         units.money(run.dollars.likely),
         str(plan.layout),
     )
@@ -46,8 +46,8 @@ def details(plan: Plan) -> list[str]:
     ideal = f"ideal {run.gpus * step.ideal / 3600 / step.tokens * 1e9:.4g} K"
     lines += [
         f"{kilo}, {ideal}",
-        f"{units.count(run.tokens)} tokens on {run.gpus:,} x {c.cluster.device}: {_time(run.days.likely)} "
-        f"({_time(run.days.low)} to {_time(run.days.high)}), "
+        f"{units.count(run.tokens)} tokens on {run.gpus:,} x {c.cluster.device}: {days(run.days.likely)} "
+        f"({days(run.days.low)} to {days(run.days.high)}), "
         f"{units.money(run.dollars.likely)} ({units.money(run.dollars.low)} to {units.money(run.dollars.high)}) at "
         f"${c.cluster.price_per_gpu_hour:g} per GPU-hour, {units.count(run.kwh.likely)} kWh",
         f"{units.percent(run.effective)} of the time trains: the rest is work lost to failures, and restarts",
@@ -60,8 +60,8 @@ def details(plan: Plan) -> list[str]:
     return lines
 
 
-def _time(days: float) -> str:
-    return f"{days:.1f} d" if days >= 1 else units.duration(days * 86400)
+def days(value: float) -> str:
+    return f"{value:.1f} d" if value >= 1 else units.duration(value * 86400)
 
 
 def _interval(interval, form: str) -> str:
