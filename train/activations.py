@@ -1,16 +1,15 @@
 """What a block keeps of each token from forward until backward, and what each kind of recomputation saves and costs.
 
 Pure functions of the configuration, like those in `cost.py`; tests hold them against what the allocator counts. Bytes are of the tensors
-that this code keeps, at even routing: padding of rows to tiles, and the few integers per micro-batch, are not in them.
+that this code keeps, at even routing, where rows pass an exchange: padding of rows to tiles is not in them. `moments.py` has the formulas.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..conf.schema import ModelConfig
-from ..kernels.e5m6 import e5m6_bytes
-from ..kernels.quantise import rows_bytes
 from . import cost
+from .moments import Micro
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,31 +33,13 @@ def kept_bytes(
 
     `padded_values`: as on CPU, where values, and with them a BF16 output, are widened to the keys' width.
     """
-    m, wide, block = model, max(4, width), cost.block_params(model, layer)
-    linear = lambda dim: rows_bytes(1, dim) if fp8 else dim * width
-    value_dim = m.qk_head_dim if padded_values else m.v_head_dim
-    mixed = e5m6_bytes(1, m.num_heads * m.v_head_dim) if fp8 else m.num_heads * value_dim * width
-    attention = m.dim * width  # the block's input
-    if "attention" not in recompute:
-        norms = 0 if "norm" in recompute else linear(m.dim) + linear(m.q_lora_rank) + linear(m.kv_lora_rank)
-        heads = 0 if "mla_up" in recompute else m.num_heads * (2 * m.qk_head_dim + value_dim)
-        latents = (m.q_lora_rank or m.num_heads * m.qk_head_dim) + m.kv_lora_rank + m.qk_rope_head_dim
-        attention += norms + (heads + latents) * width + mixed
-        attention += (3 + bool(m.q_lora_rank) + m.num_heads) * wide  # of the norms their scales, of the softmax its sums
-        if block.router:
-            attention += (2 * m.num_experts + 2) * wide + m.top_k * 8  # logits and scores, a sum of each; chosen experts
-    residual = m.dim * width
-    unit = 0 if "norm" in recompute and "experts" not in recompute else m.dim * width
-    rows = shared = 0
-    activation = lambda hidden: linear(2 * hidden) + (0 if fp8 or "swiglu" in recompute else linear(hidden))
-    per_row = lambda hidden: 0 if "experts" in recompute else activation(hidden)
-    if block.router:
-        routed = linear(m.dim)  # in FP8 as they were dispatched; else the phase's input is what the linear keeps
-        rows = m.top_k * (routed + wide + per_row(m.expert_hidden_dim)) + 4 * m.top_k * 8  # and maps of rows; on one rank, two
-        shared = per_row(m.shared_hidden_dim)
-    else:
-        shared = per_row(m.dense_hidden_dim)
-    return Kept(attention=attention, experts=residual + unit + shared + rows, rows=rows)
+    copies, routed = model.top_k, cost.block_params(model, layer).router > 0
+    token = Micro(
+        model=model, tokens=1, width=width, fp8=fp8, recompute=frozenset(recompute), padded_values=padded_values, ep=1, exchanged=True,
+        across=None, rows=copies, received=copies, sent=copies, sent_on=copies, maps=5 * copies * 8,
+    )  # fmt: skip
+    attention, experts = token.attention(routed=routed), token.experts() if routed else token.mlp()
+    return Kept(attention=round(attention.kept), experts=round(experts.kept), rows=round(experts.rows))
 
 
 def recompute_flops(model: ModelConfig, layer: int, seq_len: int, recompute: Collection[str]) -> float:
