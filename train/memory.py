@@ -22,6 +22,7 @@ from .moments import Exchange, Micro, Phase
 from .rank_share import Share, is_routed, rank_actions, rank_share
 from .traffic import reached
 
+LOSSES = Phase("losses", kept=0.0, out=0.0, forward=0.0, grad=0.0, backward=0.0)  # a turn of the executor's, and hardly a byte
 FRAGMENTATION = 0.04  # of all that is allocated: an allowance, not a measurement
 
 
@@ -151,6 +152,7 @@ def _stages(config: Config, share: Share, micro: Micro) -> dict[int, Stage]:
             phases.append((head, head))
             for layer in (layer for layer in layers if layer >= m.num_layers):
                 phases += [(predict, predict), *block(is_routed(m, layer)), (head, head)]
+            phases.append((LOSSES, LOSSES))
         made[stage] = Stage([f for f, _ in phases], [b for _, b in reversed(phases)])
     return made
 
