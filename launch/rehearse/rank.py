@@ -23,6 +23,7 @@ from ...parallel.dispatch import Dispatcher, LocalDispatcher
 from ...parallel.host_reads import HostReads
 from ...parallel.phases import MicroBatch
 from ...parallel.schedule import SCHEDULES
+from ...parallel.schedule.ops import Held
 from ...train.engine import Engine, Watch
 from ...train.model.decoder import DTYPES, is_expert
 from .collectives import ANSWERS, Alone, Collectives
@@ -94,10 +95,14 @@ def rehearsable(config: Config) -> Config:
 
 
 def enough(config: Config) -> int:
-    """Micro-batches that fill the pipeline and two more, as the schedule allows; at most those of the full batch."""
+    """Micro-batches: two more than twice the pipeline ranks, or as many more as it takes until each holds as much at a time as in the full
+    batch. At most those of the full batch."""
     p, full = config.parallel, config.num_micro_batches
-    wanted = range(2 * p.pp * p.chunks + 2, full)
-    return next((num for num in wanted if SCHEDULES[p.schedule].rule(p.pp, p.chunks, num) is None), full)
+    schedule = SCHEDULES[p.schedule]
+    held = lambda num: [Held.by(actions) for actions in schedule.actions(p.pp, p.chunks, num)]
+    fits = (num for num in range(2 * p.pp + 2, full) if schedule.rule(p.pp, p.chunks, num) is None)
+    most = held(full)
+    return next((num for num in fits if held(num) == most), full)
 
 
 def micro_batch(config: Config) -> MicroBatch:

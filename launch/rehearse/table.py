@@ -30,7 +30,7 @@ def lines(config: Config, shown: Sequence[Shown], imbalance: float) -> Iterator[
     layout = f"pp {p.pp}, edp {p.edp}, ep {p.ep}, {p.schedule}"
     yield f"{config.model.name} on {p.world_size:,} ranks: {layout}, {precision}, {routing}"
     yield f"{first.micro_batches} of a step's {first.of_micro_batches} micro-batches were run: memory is at its fullest in them. FLOPs and"
-    yield "bytes are those of all, by counting on: each micro-batch has the same. In brackets: the planner's formula against what was measured."
+    yield "bytes are those of all, by counting on: each has the same. In brackets: the planner's formula against what was measured."
     yield ""
     yield from _aligned(_ranks(shown))
     yield ""
