@@ -37,7 +37,7 @@ class Rung:
         return " ".join(["shoestring plan", f"experiment={self.experiment}", *self.words, "search=false"])
 
 
-_V3 = ("precision=fp8", "parallel.schedule=dualpipe", "parallel.dispatcher=hierarchical")
+_V3 = ("precision=fp8", "parallel.schedule=dualpipe", "parallel.dispatcher=deepep")
 RUNGS = (
     Rung(experiment="ladder_1", what="one consumer GPU, an evening"),
     Rung(experiment="ladder_8", what="one node, some days"),

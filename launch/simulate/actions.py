@@ -20,6 +20,7 @@ class Clock:
     compute: float = 0.0
     again: float = 0.0
     link: float = 0.0  # when the links are free again
+    lateness: float = 0.0  # of the last peer, in every exchange
     exchanging: float = 0.0  # seconds of exchanges, one after another
 
     def run(self, seconds: float, again: float = 0.0) -> None:
@@ -28,10 +29,12 @@ class Clock:
         self.again += again
 
     def issue(self, seconds: float) -> float:
-        """When it will have arrived. A rank's exchanges share its links."""
+        """When it will have arrived, peers' lateness included. A rank's exchanges share its links."""
+        if not seconds:
+            return self.now
         self.link = max(self.link, self.now) + seconds
-        self.exchanging += seconds
-        return self.link if seconds else self.now
+        self.exchanging += seconds + self.lateness
+        return self.link + self.lateness
 
     def wait(self, until: float) -> None:
         self.now = max(self.now, until)
@@ -48,11 +51,19 @@ class Cost:
 
 
 class RankCosts:
-    """Of one rank's actions, in order. `hidden`: the share of a pair's exchanges that compute can cover. `host`: seconds that the device
-    waits for its host in each pass over a phase."""
+    """Of one rank's actions, in order. `hidden`: the share of a pair's exchanges that compute can cover. `peer_wait`: how late the last
+    peer is in an exchange, of the blocks' compute between two. `host`: seconds that the device waits for its host, in each phase."""
 
-    def __init__(self, stages: Sequence[StageSteps], *, hidden: float, host: float, pairs: dict[tuple, Cost] | None = None):
-        self.stages, self.hidden, self.host = stages, hidden, host
+    def __init__(
+        self,
+        stages: Sequence[StageSteps],
+        *,
+        hidden: float = 1.0,
+        peer_wait: float = 0.0,
+        host: float = 0.0,
+        pairs: dict[tuple, Cost] | None = None,
+    ):
+        self.stages, self.hidden, self.peer_wait, self.host = stages, hidden, peer_wait, host
         self.deferred: dict[tuple[int, int], Waiting] = {}
         self.pairs = {} if pairs is None else pairs  # by their ops' kinds and stages: alike for every micro-batch
         self.lone: dict[tuple[str, int], Cost] = {}  # likewise, where nothing waits that could run beside
@@ -64,7 +75,8 @@ class RankCosts:
         forward, backward = action
         key = tuple((op.kind, op.stage) for op in action)
         if key not in self.pairs or backward.kind == "I":  # an I leaves weight gradients of its own
-            clock, beside = Clock(), self._exchanges(forward.stage) or self._exchanges(backward.stage)
+            beside = self._exchanges(forward.stage) + self._exchanges(backward.stage) > 0
+            clock = Clock(lateness=self._lateness(action, beside))
             running = [self._backward(clock, backward, beside), self._forward(clock, forward, beside)]
             done = object()
             while running:
@@ -83,7 +95,7 @@ class RankCosts:
         return self._run(op)
 
     def _run(self, op: Op) -> Cost:
-        clock = Clock()
+        clock = Clock(lateness=self._lateness((op,), False))
         if op.kind == "W":
             for seconds, _, again in self.deferred.pop((op.stage, op.micro_batch)):
                 clock.run(seconds, again)
@@ -92,8 +104,21 @@ class RankCosts:
                 pass
         return Cost(seconds=clock.now, compute=clock.compute, again=clock.again, exposed=clock.now - clock.compute)
 
-    def _exchanges(self, stage: int) -> bool:
-        return any(isinstance(step, Exchange) and step.alone for step in self.stages[stage])
+    def _exchanges(self, stage: int) -> int:
+        """In a forward, or in a backward."""
+        return sum(isinstance(step, Exchange) and bool(step.alone) for step in self.stages[stage])
+
+    def _lateness(self, action: Action, beside: bool) -> float:
+        passes = {"F": "F", "I": "B", "B": "BW", "W": "W"}
+        num = sum(self._exchanges(op.stage) for op in action)
+        compute = sum(
+            step.of(when, beside).seconds
+            for op in action
+            for step in self.stages[op.stage]
+            if isinstance(step, Compute) and step.name in ("attention", "experts")
+            for when in passes[op.kind]
+        )
+        return self.peer_wait * compute / num if num and self.peer_wait else 0.0
 
     def _forward(self, clock: Clock, op: Op, beside: bool) -> Iterator[None]:
         for step in self.stages[op.stage]:

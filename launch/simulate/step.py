@@ -151,7 +151,7 @@ def action_costs(job: Job, conditions: Conditions) -> list[list[Cost]]:
     load = Load(rows=conditions.imbalance, compute=conditions.kernels * slowest, links=conditions.links)
     made, pairs, stack = stages(job.config, job.rates, load, job.layers), {}, job.config.stack
     host = stack.host_us_per_layer * 1e-6 / 2  # a layer has two phases
-    return [RankCosts(made, hidden=stack.hidden, host=host, pairs=pairs).of(actions) for actions in job.lists]
+    return [RankCosts(made, hidden=stack.hidden, peer_wait=stack.peer_wait, host=host, pairs=pairs).of(actions) for actions in job.lists]
 
 
 def _farthest(num: int) -> float:

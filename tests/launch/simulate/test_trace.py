@@ -43,7 +43,7 @@ def test_phases(profile):
 
 def test_the_pair(profile):
     c, _, made = profile
-    pair = RankCosts(made, hidden=c.stack.hidden, host=0.0)._pair((Op("F", 1, 0), Op("B", 1, 1)))
+    pair = RankCosts(made, hidden=c.stack.hidden, peer_wait=c.stack.peer_wait)._pair((Op("F", 1, 0), Op("B", 1, 1)))
     assert pair.seconds * 1e6 == pytest.approx(PAIR, rel=0.02)
 
 
