@@ -57,7 +57,10 @@ def test_what_is_freed_inside_a_stretch_counts_at_its_fullest():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_attention_is_causal(device):
-    m, tokens = load(["model=micro", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=16"]).model, 6
+    m, tokens = (
+        load(["model=micro", "data.seq_len=64", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=16"]).model,
+        6,
+    )
     q, k, v = (torch.ones(1, m.num_heads, tokens, 16, device=device, requires_grad=True) for _ in range(3))
     meter = meter_of()
     with meter:
