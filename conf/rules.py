@@ -44,7 +44,7 @@ _NOT_NEGATIVE = [
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
-    "stack.host_us_per_layer", "stack.peer_wait",
+    "stack.host_us_per_layer", "stack.host_us_per_step", "stack.peer_wait",
     *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),
 ]  # fmt: skip
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")

@@ -356,6 +356,7 @@ class StackConfig(Section):
     hidden: float = MISSING  # share of an overlapped action's exchanges that is under compute, where there is enough of it
     peer_wait: float = 0.0  # how late the last peer comes to an exchange, of the compute between two of them
     host_us_per_layer: float = MISSING  # that the device waits for its host, in each forward and in each backward
+    host_us_per_step: float = 0.0  # likewise, beside those
     terms: dict[str, TermConfig] = field(default_factory=dict)  # of launch/simulate; `~stack.terms.NAME` removes one
 
 

@@ -27,7 +27,7 @@ from ...parallel import world
 from .. import exit_codes
 from ..environment import Place
 from ..local import fork_ranks
-from . import links
+from . import links, stack
 from .cluster_file import CPU_TILE, MARK, Found, Machine, about, conclude, write
 from .links import Links
 from .probes import every_probe
@@ -83,7 +83,14 @@ def main(words: Sequence[str], *, say: Callable[[str], None] = print) -> int:
         sharing = {n: statistics.mean(fork_ranks(n, _busy)) for n in SHARING}
     cluster, notes = conclude(request.name, base, machine, found, sharing)
     path = write(request.out, cluster, [*about(machine, len(found), time.monotonic() - began), *notes])
-    say("\n".join([*notes, f"wrote {path}", f"use it with {_use(path)}"]))
+    say("\n".join([*notes, f"wrote {path}"]))
+    use = _use(path)
+    if not (machine.gpu or place):
+        own = stack.measure(cluster)
+        say(f"this software: {own.host_us_per_layer:g} us a layer and pass, {own.host_us_per_step:g} us a step")
+        say(f"wrote {stack.write(path.parent.parent / 'stack' / path.name, own)}")
+        use = f"stack={path.stem} {use}"
+    say(f"use it with {use}")
     return exit_codes.OK
 
 

@@ -132,7 +132,8 @@ def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float]
     timeline = simulate(job.lists, seconds.__getitem__, lambda sender, receiver: hop, job.order)
     tails = [_Tail.of(job, spans) for spans in timeline.spans]
     reduced = max(timeline.makespan, *(tail.reduced for tail in tails))
-    gather, update = max(tail.gather for tail in tails), max(tail.update for tail in tails)
+    gather = max(tail.gather for tail in tails)
+    update = max(tail.update for tail in tails) + job.config.stack.host_us_per_step * 1e-6
     total = (reduced + gather + update) * (1 + conditions.host_stalls)
     mean = lambda name: sum(getattr(c, name) for of_rank in costs for c in of_rank) / len(costs)
     parts = {
@@ -148,10 +149,16 @@ def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float]
 
 def action_costs(job: Job, conditions: Conditions) -> list[list[Cost]]:
     slowest = 1 + conditions.jitter * _farthest(job.config.parallel.world_size)
-    load = Load(rows=conditions.imbalance, compute=conditions.kernels * slowest, links=conditions.links)
+    load = Load(rows=conditions.imbalance, compute=conditions.kernels * slowest * core_share(job.config), links=conditions.links)
     made, pairs, stack = stages(job.config, job.rates, load, job.layers), {}, job.config.stack
-    host = stack.host_us_per_layer * 1e-6 / 2  # a layer has two phases
+    host = stack.host_us_per_layer * 1e-6 / 2 * core_share(job.config)  # a layer has two phases
     return [RankCosts(made, hidden=stack.hidden, peer_wait=stack.peer_wait, host=host, pairs=pairs).of(actions) for actions in job.lists]
+
+
+def core_share(config: Config) -> float:
+    """Processes for each core, where devices are cores of one machine: beyond one, they take turns."""
+    on_cpu = config.cluster.device.startswith("CPU")
+    return max(1.0, config.parallel.world_size * config.launch.threads / config.cluster.gpus_per_node) if on_cpu else 1.0
 
 
 def _farthest(num: int) -> float:
