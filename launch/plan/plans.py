@@ -1,6 +1,7 @@
 """A plan: one layout with its step, its run, its memory, as it stands in plan.json and in the tables. All of it is projected."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...train import cost
-from ...train.metrics import replace_file
+from ...train.metrics import StepRecord, replace_file, to_plain
 from ..simulate import Interval, RunEstimate, StepEstimate, project_run, project_step
 from .layouts import Layout
 from .search import Priced
@@ -61,8 +62,24 @@ class Plan:
             "memory_gb_by_imbalance": {f"{imbalance:g}": value for imbalance, value in self.memory_gb.items()},
             "memory_peak_at": self.peak_at,
             "breakdown": step.breakdown,
+            "record": to_plain(record(self)),
             "terms": {name: {"low": t.low, "likely": t.likely, "high": t.high} for name, t in step.terms.items()},
         }
+
+
+def record(plan: Plan) -> StepRecord:
+    """The step as a run's metrics have it, to be laid over measured ones. What nobody can project is NaN, and written as null."""
+    step, run, c, nan = plan.step, plan.run, plan.config, math.nan
+    seconds, sequences = step.expected.likely, c.sequences_per_step
+    speed = run.tokens_per_second_per_gpu.likely
+    return StepRecord(
+        step=1, tokens=step.tokens, samples=sequences, batch_tokens=step.tokens, seq_len=c.data.seq_len, loss=nan, lr=c.optim.lr,
+        grad_norm=nan, clip_coef=nan, step_seconds=seconds, tokens_per_second=speed * run.gpus, tokens_per_second_per_gpu=speed,
+        mfu=run.mfu.likely if run.mfu else None, seconds=seconds, dollars=cost.dollars(seconds, run.gpus, c.cluster),
+        dollars_per_billion_tokens=run.dollars.likely / run.tokens * 1e9, eta_seconds=run.days.likely * 86400,
+        bubble=step.parts["bubble"] / step.ideal, exposed_seconds=step.parts["exposed communication"], memory_gb=plan.memory_gb[1.0],
+        time_unix=nan,
+    )  # fmt: skip
 
 
 def _pair(interval: Interval) -> list[float]:

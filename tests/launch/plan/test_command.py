@@ -1,5 +1,6 @@
 """`shoestring plan` as a user runs it: the published run, what cannot be, better hardware, and running what was planned."""
 
+import dataclasses
 import json
 import re
 
@@ -15,6 +16,7 @@ from shoestring.launch.plan.layouts import Layout, candidates
 from shoestring.launch.plan.plans import launch_words
 from shoestring.launch.plan.search import search
 from shoestring.launch.validate import validate
+from shoestring.train.metrics import StepRecord
 
 KEYS = (
     "layout", "step_seconds", "tokens_per_second_per_gpu", "gpu_hours_per_trillion_tokens", "dollars_total", "days", "mfu_causal",
@@ -41,6 +43,9 @@ def test_the_published_run(capsys, tmp_path):
     assert plan["dollars_total_interval"][0] <= 5.328e6 * 1.02
     assert sum(plan["breakdown"].values()) == pytest.approx(plan["step_seconds"])
     assert plan["memory_gb_peak"] < 80  # it ran
+    record = plan["record"]  # as a run's metrics
+    assert record.keys() >= {field.name for field in dataclasses.fields(StepRecord) if field.default is dataclasses.MISSING}
+    assert record["loss"] is None and record["step_seconds"] == plan["step_seconds"] and 0 < record["bubble"] < 1
 
 
 def test_the_best_of_two_thousand(capsys):

@@ -1,4 +1,4 @@
-"""What plans go by, `train/memory.py`, `train/traffic.py` and `train/block_ops.py`, against what rehearsals of every distinct rank count."""
+"""What plans go by (`train/memory.py`, `train/traffic.py`, `train/block_ops.py`) against what rehearsals of every distinct rank count."""
 
 import pytest
 from shoestring.launch.rehearse.command import parse, run
