@@ -5,6 +5,7 @@ depth, is the layers', and what is left is the step's. A CPU is its own host; of
 """
 
 import dataclasses
+import json
 import statistics
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def measure(cluster: ClusterConfig) -> StackConfig:
     shallow, deep = DEPTHS
     passes = 2 * config.num_micro_batches
     layer = max(0.0, (beyond[deep] - beyond[shallow]) / (deep - shallow) / passes)
-    step = max(0.0, beyond[shallow] - shallow * passes * layer)
+    step = max(0.0, beyond[shallow] - (shallow + 1) * passes * layer)  # embedding and head are two phases, as a layer is
     return dataclasses.replace(
         usual, name=cluster.name, peer_wait=0.0, host_us_per_layer=round(layer * 1e6, 1), host_us_per_step=round(step * 1e6, 1)
     )
@@ -63,9 +64,8 @@ def _step_seconds(config: Config) -> float:
 
 def write(path: Path, stack: StackConfig) -> Path:
     """`conf/stack/NAME.yaml`: what differs from Shoestring's own on a GPU is measured, terms are its."""
-    terms = "".join(
-        f"  {name}: {{low: {t.low:g}, likely: {t.likely:g}, high: {t.high:g}, source: '{t.source}'}}\n" for name, t in stack.terms.items()
-    )
+    of = lambda t: f"{{low: {t.low:g}, likely: {t.likely:g}, high: {t.high:g}, source: {json.dumps(t.source)}}}"
+    terms = "".join(f"  {name}: {of(term)}\n" for name, term in stack.terms.items())
     text = f"""\
 {MARK}: {DEPTHS[0]} and {DEPTHS[1]} layers of model=micro, one process.
 name: {stack.name}
