@@ -13,7 +13,10 @@ from shoestring.launch.rehearse.command import parse, run
 from shoestring.launch.rehearse.rank import enough, rehearse
 from shoestring.train import cost
 
-SMALL = ["model=micro", "data=synthetic", "data.seq_len=64", "parallel.pp=2", "parallel.ep=2", "train.global_batch_tokens=2048"]
+SMALL = [
+    "model=micro", "data=synthetic", "data.seq_len=64", "parallel.pp=2", "parallel.ep=2",
+    "train.global_batch_tokens=2048",
+]  # fmt: skip
 
 
 def test_tables_and_json(tmp_path, capsys):
