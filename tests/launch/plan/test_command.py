@@ -109,18 +109,18 @@ def test_every_candidate_is_a_layout_of_that_size():
     assert {layout.pp for layout in fixed} == {2} < {layout.pp for layout in made}
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(name=st.sampled_from(["memory_gb", "memory_tb_s", "intra_node_gb_s", "inter_node_gb_s", "peak_tflops"]), factor=st.floats(1.0, 4.0))
 def test_a_better_cluster_is_never_slower(name, factor):
-    config, _ = compose(parse(f"{SMALL} cluster.memory_gb=30 gpus=16".split()))
+    config, _ = compose(parse(f"{SMALL} model.num_layers=4 cluster.memory_gb=20 gpus=8".split()))
     value = get(config, f"cluster.{name}")
     better = {k: v * factor for k, v in value.items()} if isinstance(value, dict) else value * factor
-    best = lambda c: search(c, 16, keep=1, most=10_000).best[0].step.ideal
+    best = lambda c: search(c, 8, keep=1, most=10_000).best[0].step.ideal
     assert best(replaced(config, f"cluster.{name}", better)) <= best(config) * (1 + 1e-12)
 
 
 def test_the_search_finds_what_trying_all_finds():
-    config, _ = compose(parse(f"{SMALL} gpus=8 train.recompute=[norm]".split()))
+    config, _ = compose(parse(f"{SMALL} model.num_layers=4 gpus=8 train.recompute=[norm]".split()))
     fixed = frozenset({"train.recompute"})
     found, every = search(config, 8, fixed=fixed, keep=1), search(config, 8, fixed=fixed, keep=10_000, most=10_000)
     assert found.simulated < every.simulated and found.best[0].step.ideal == every.best[0].step.ideal

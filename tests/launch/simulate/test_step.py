@@ -44,7 +44,7 @@ def test_parts_add_up(layout, precision):
     assert (step.parts["recompute"] > 0) == ("recompute" in layout)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(layout=st.sampled_from(LAYOUTS), name=st.sampled_from(BETTER), factor=st.floats(1.0, 8.0))
 def test_better_hardware_is_never_slower(layout, name, factor):
     config = configured(layout, "precision=fp8")
