@@ -23,6 +23,7 @@ from .search import MOST, Priced, Search, check_all, fullest_rank, search
 OWN = ("gpus", "tokens", "budget_usd", "deadline_days", "search", "output", "page", "top")
 IMBALANCES = (1.0, 1.5, 2.0)
 TOKENS_PER_GPU = 30_720  # of a step, where nobody says: DeepSeek-V3's 15,360 sequences on 2,048 GPUs
+ANY_BATCH = 105 << 40  # tokens that any layout shares out, until there is a batch
 MOST_AUTO = 12  # layouts simulated for each size, where the size is searched
 LARGEST = 16_384
 
@@ -137,19 +138,22 @@ def compose(request: Request) -> tuple[Config, list[str]]:
     """The configuration of one process, with a batch, a sequence length and a number of tokens for what nobody set; and what was made up.
     Raises ConfigError."""
     words, notes, chosen = list(request.words), [], request.fixed
-    config = _load(words, request.config_dir)
     if "experiment" in chosen:
-        return config, notes
+        return _load(words, request.config_dir), notes
+    batch = "train.global_batch_tokens"
+    config = _load([*words, *[f"{batch}={ANY_BATCH}"] * (batch not in chosen)], request.config_dir)
     seq_len = config.data.seq_len
     if "data.seq_len" not in chosen:
         seq_len = min(4096, config.model.max_seq_len)
         words.append(f"data.seq_len={seq_len}")
         notes.append(f"data.seq_len is not given: sequences of {seq_len:,} tokens")
-    if "train.global_batch_tokens" not in chosen:
-        gpus = request.gpus or config.parallel.world_size
-        sequences = _round(max(1, (request.gpus or 64) * TOKENS_PER_GPU // seq_len))
-        words.append(f"train.global_batch_tokens={sequences * seq_len}")
-        notes.append(f"train.global_batch_tokens is not given: {sequences:,} sequences a step, for {gpus:,} GPUs")
+    if batch not in chosen:
+        gpus = request.gpus or max(64, config.parallel.world_size)
+        unit = config.parallel.dp * config.train.micro_batch_sequences
+        sequences = _round(max(1, gpus * TOKENS_PER_GPU // seq_len))
+        sequences = max(1, sequences // unit) * unit
+        words.append(f"{batch}={sequences * seq_len}")
+        notes.append(f"{batch} is not given: {sequences:,} sequences a step, for {gpus:,} GPUs")
     if not chosen & {"train.tokens", "train.steps"} and not request.tokens:
         words.append("train.tokens=1_000_000_000_000")
         notes.append("tokens is not given: a trillion")

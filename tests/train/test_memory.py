@@ -113,7 +113,7 @@ def test_peak_is_that_of_live_storage(words):
 
 V3 = [
     "model=deepseek_v3", "cluster=h800", "parallel=deepseek_v3", "data=synthetic", "data.seq_len=4096", "model.mtp_depth=1",
-    "train.global_batch_tokens=62914560", "train.eval_sequences=128", "parallel.schedule=dualpipe", "precision=bf16",
+    "train.global_batch_tokens=62914560", "train.eval_sequences=128", "parallel.dispatcher=alltoall", "precision=bf16",
 ]  # fmt: skip
 PUBLISHED_STYLE = ["precision=fp8", ALL]
 V = ["parallel.schedule=dualpipev", "parallel.chunks=2"]

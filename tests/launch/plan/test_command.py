@@ -48,6 +48,15 @@ def test_the_published_run(capsys, tmp_path):
     assert record["loss"] is None and record["step_seconds"] == plan["step_seconds"] and 0 < record["bubble"] < 1
 
 
+def test_a_layout_without_a_batch(capsys):
+    """As one would write it first: the model, the cluster and a preset's layout."""
+    words = (
+        "model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8e12 precision=fp8 parallel=deepseek_v3 train.recompute=[norm,mla_up,swiglu]"
+    )
+    code, text = planned(capsys, words, "search=false")
+    assert code == exit_codes.OK and "15,360 sequences a step" in text and "pp 16 x edp 2 x ep 64, dualpipe, deepep" in text
+
+
 def test_the_best_of_two_thousand(capsys):
     """Near the layout that was published: experts over several nodes, weight gradients and exchanges hidden in pairs."""
     code, text = planned(capsys, "experiment=deepseek_v3 precision=fp8 gpus=2048 top=3")
