@@ -42,9 +42,11 @@ RUNGS = (
     Rung(experiment="ladder_1", what="one consumer GPU, an evening"),
     Rung(experiment="ladder_8", what="one node, some days"),
     Rung(experiment="ladder_64", what="eight nodes, some weeks"),
-    Rung(experiment="ladder_2048", what="DeepSeek-V3's pre-training and its context extensions, at the speed of its main phases"),
+    Rung(experiment="ladder_2048", what="DeepSeek-V3's pre-training"),
     Rung(
-        experiment="deepseek_v3", words=(*_V3, "stack=deepseek_v3"), what="the same as published: schedule, precision, DeepSeek's software"
+        experiment="deepseek_v3",
+        words=(*_V3, "stack=deepseek_v3"),
+        what="the same with DeepSeek's software (DeepEP), and its context extensions at the main phases' speed",
     ),
     Rung(experiment="dense_405b", what="a dense model of Llama 3 405B's size: what a token costs where every parameter is active"),
 )
