@@ -28,11 +28,11 @@ from ..parallel.optimizer.zero import Chunk, Spec
 from ..parallel.phases import MicroBatch
 from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
-from ..parallel.schedule import Action, direction_of, proven, share_layers
+from ..parallel.schedule import Action, direction_of, proven
 from ..parallel.transport import DIRECT, Transport
-from . import cost
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
+from .rank_share import stage_layers
 from .sentinel import Sentinel
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
@@ -326,15 +326,6 @@ class _Totals:
 
 def _num_targets(batches: Sequence[MicroBatch], reads: HostReads) -> int:
     return int(reads.wait(torch.stack([b.num_targets for b in batches]).sum())) if batches else 0
-
-
-def stage_layers(config: Config) -> list[range]:
-    """The blocks of each pipeline stage, as `parallel.stages` says or shared out by cost; those of multi-token prediction are on the last,
-    with the head."""
-    m, p, costs = config.model, config.parallel, cost.block_costs(config.model, config.data.seq_len)
-    last = cost.head_cost(m) + cost.prediction_cost(m, config.data.seq_len)
-    *stages, end = share_layers(p, costs, first=cost.embedding_cost(m), last=last)
-    return [*stages, range(end.start, m.num_blocks)]
 
 
 def muon_matrices(m: ModelConfig, name: str, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -56,12 +56,13 @@ class Share:
 def rank_share(config: Config, pp_rank: int) -> Share:
     p = config.parallel
     placements, held, alike = _held(p.schedule, p.pp, p.chunks, pp_rank)
-    layers = all_layers(config)
+    layers = stage_layers(config)
     return Share(pp_rank=pp_rank, stages={s: layers[s] for s in held}, placements=placements, alike=alike)
 
 
-def all_layers(config: Config) -> tuple[range, ...]:
-    """Of each stage: `engine.stage_layers`, kept."""
+def stage_layers(config: Config) -> tuple[range, ...]:
+    """The blocks of each pipeline stage, as `parallel.stages` says or shared out by cost; those of multi-token prediction are on the last,
+    with the head."""
     m, p, seq_len = config.model, config.parallel, config.data.seq_len
     blocks = tuple(cost.block_costs(m, seq_len))
     last = cost.head_cost(m) + cost.prediction_cost(m, seq_len)

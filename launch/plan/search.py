@@ -12,7 +12,7 @@ from ...conf.rules import check
 from ...conf.schema import Config, ConfigError
 from ...parallel.schedule import SCHEDULES
 from ...train import memory
-from ...train.rank_share import all_layers
+from ...train.rank_share import stage_layers
 from ..simulate import StepEstimate, project_step
 from ..simulate.rates import Rates
 from ..simulate.stage import Compute, Exchange, Load, stages
@@ -135,7 +135,7 @@ class _Bounds:
         """Seconds that no step of this layout is shorter than."""
         config = layout.apply(self.config)
         layers, first, last = self._kind(layout, config)
-        parts, num = all_layers(config), config.num_micro_batches
+        parts, num = stage_layers(config), config.num_micro_batches
         placements = SCHEDULES[layout.schedule].place(layout.pp, layout.chunks)
         hides = layout.schedule in ("dualpipe", "dualpipev")
         seconds = [sum(layers[i].compute + (0.0 if hides else layers[i].bare) for i in part) for part in parts]

@@ -17,7 +17,7 @@ from ...parallel.schedule import SCHEDULES
 from ...parallel.schedule.ops import Lists
 from ...parallel.timeline import Order, Span, Timeline, order, simulate
 from ...train import cost
-from ...train.rank_share import all_actions, all_layers
+from ...train.rank_share import all_actions, stage_layers
 from .actions import Cost, RankCosts
 from .rates import Rates
 from .stage import Load, micro_batch_tokens, stages
@@ -85,7 +85,7 @@ class Job:
         return cls(
             config=config,
             rates=Rates(cluster=config.cluster, linear=config.precision.products, plain=config.precision.compute),
-            layers=list(all_layers(config)),
+            layers=list(stage_layers(config)),
             lists=all_actions(*which),
             order=_order(*which),
             directions=len(schedule.place(p.pp, p.chunks)),

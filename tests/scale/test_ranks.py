@@ -23,9 +23,10 @@ from shoestring.parallel.groups import Mesh, partitions
 from shoestring.parallel.optimizer.whole import WholeOptimizer
 from shoestring.parallel.schedule import SCHEDULES, validate
 from shoestring.train import cost
-from shoestring.train.engine import Engine, stage_layers
+from shoestring.train.engine import Engine
 from shoestring.train.model.decoder import Stage, is_expert
 from shoestring.train.model.moe import Balance
+from shoestring.train.rank_share import stage_layers
 
 PUBLISHED = {"pp": 16, "edp": 2, "ep": 64}
 LAYOUTS = [

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from shoestring.conf.compose import load
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.phases import MicroBatch
-from shoestring.train.engine import Engine, learning_rate, stage_layers
+from shoestring.train.engine import Engine, learning_rate
 from shoestring.train.interop.hf_format import pieces, to_hf_config
+from shoestring.train.rank_share import stage_layers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 STEPS, LR = 3, 1e-3

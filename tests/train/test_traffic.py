@@ -15,8 +15,8 @@ from shoestring.parallel.fabric import Fabric, Link
 from shoestring.parallel.groups import partitions
 from shoestring.parallel.phases import MicroBatch
 from shoestring.parallel.trace import Tracer
-from shoestring.train.engine import Engine, stage_layers
-from shoestring.train.rank_share import rank_share
+from shoestring.train.engine import Engine
+from shoestring.train.rank_share import rank_share, stage_layers
 from shoestring.train.traffic import Rows, even_rows, rank_traffic, reached
 
 # Widths that are no multiple of 16 bytes in FP8, and nodes of two.
