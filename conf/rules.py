@@ -46,9 +46,10 @@ _NOT_NEGATIVE = [
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
-    "stack.host_us_per_layer", "stack.host_us_per_step", "stack.peer_wait",
+    "stack.host_us_per_step", "stack.peer_wait",
     *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),
 ]  # fmt: skip
+_PHASES = [*(f"{phase}_{when}" for phase in ("attention", "experts", "mlp", "embed", "head", "predict") for when in "FBW"), "exchange"]
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
 _CHOICES = {
     "precision.compute": ("fp32", "bf16", "fp64"),
@@ -223,6 +224,11 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name, term in c.stack.terms.items():
         if not 0 <= term.low <= term.likely <= term.high < math.inf:
             yield f"stack.terms.{name}.likely", f"must be from low = {term.low:g} to high = {term.high:g}, and none negative"
+    for name, phase in c.stack.phases.items():
+        if not (0 <= phase.host_us < math.inf and 0 < phase.times < math.inf):
+            yield f"stack.phases.{name}.times", "must be positive and finite, and host_us not negative"
+        if name not in _PHASES:
+            yield f"stack.phases.{name}.times", f"is of no phase; there are {', '.join(_PHASES)}"
     for name, allowed in _CHOICES.items():
         if _of(name)(c) not in allowed:
             yield name, f"must be one of {', '.join(allowed)}"

@@ -349,14 +349,23 @@ class TermConfig(Section):
 
 
 @dataclass(kw_only=True)
+class PhaseConfig(Section):
+    """Of one phase in one pass: the device waits `host_us` for its host, and kernels take `times` what they take on their own."""
+
+    host_us: float = 0.0
+    times: float = 1.0
+
+
+@dataclass(kw_only=True)
 class StackConfig(Section):
     """What software, and a cluster in use, cost beside kernels and links: for plans. conf/stack/shoestring.yaml has the sources."""
 
     name: str = MISSING
     hidden: float = MISSING  # share of an overlapped action's exchanges that is under compute, where there is enough of it
     peer_wait: float = 0.0  # how late the last peer comes to an exchange, of the compute between two of them
-    host_us_per_layer: float = MISSING  # that the device waits for its host, in each forward and in each backward
-    host_us_per_step: float = 0.0  # likewise, beside those
+    # attention_F, and so on: attention, experts, mlp (a dense block's), embed, head, predict; F, B, W. exchange: one of a block's four.
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    host_us_per_step: float = 0.0  # that the device waits for its host, beside those
     terms: dict[str, TermConfig] = field(default_factory=dict)  # of launch/simulate; `~stack.terms.NAME` removes one
 
 

@@ -86,9 +86,9 @@ def main(words: Sequence[str], *, say: Callable[[str], None] = print) -> int:
     say("\n".join([*notes, f"wrote {path}"]))
     use = _use(path)
     if not (machine.gpu or place):
-        own = stack.measure(cluster)
-        say(f"this software: {own.host_us_per_layer:g} us a layer and pass, {own.host_us_per_step:g} us a step")
-        say(f"wrote {stack.write(path.parent.parent / 'stack' / path.name, own)}")
+        say("measuring what this software costs beside kernels and links ...")
+        own, stack_notes = stack.measure(cluster, processes)
+        say("\n".join([*stack_notes, f"wrote {stack.write(path.parent.parent / 'stack' / path.name, own, stack_notes)}"]))
         use = f"stack={path.stem} {use}"
     say(f"use it with {use}")
     return exit_codes.OK

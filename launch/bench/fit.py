@@ -57,8 +57,14 @@ def kernels(samples: Sequence[Sample]) -> tuple[float, Rates]:
 
 def message(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(bytes, seconds) of messages -> latency in seconds, bytes per second."""
-    found = _least_squares(["latency", ("byte",)], [[1.0, size] for size, _ in times], [s for _, s in times], kept=[("byte",)])
-    return found.get("latency", 0.0), 1 / found[("byte",)]
+    latency, per_byte = line(times)
+    return latency, 1 / per_byte
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(x, y) -> what y is at 0, and how much it grows with x."""
+    found = _least_squares(["at 0", ("slope",)], [[1.0, x] for x, _ in points], [y for _, y in points], kept=[("slope",)])
+    return found.get("at 0", 0.0), found[("slope",)]
 
 
 def errors(samples: Sequence[Sample], launch: float, rates: Rates) -> dict[tuple[str, str], float]:

@@ -1,79 +1,188 @@
-"""What this software costs beside kernels and links, on a CPU: seconds of a layer and of a step that no kernel accounts for.
+"""What this software costs beside kernels and links, on a CPU: of each phase of a block the time that its host takes, and how much longer
+kernels take in it than on their own (colder caches, memory that is new); of each exchange likewise; of a step what is left.
 
-Models so small that their kernels take next to nothing are trained in one process; what a step takes beyond what is projected for it, by
-depth, is the layers', and what is left is the step's. A CPU is its own host; of a GPU's host nothing can be learnt here.
+Small models of several sizes are trained, as many processes as cores at once, two by two in expert parallelism. What each phase took,
+beside what is projected for its kernels, is a line: host + times x kernels. A CPU is its own host; of a GPU's nothing can be learnt here.
 """
 
 import dataclasses
 import json
 import statistics
+import textwrap
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ...conf.compose import load
 from ...conf.rules import replaced
-from ...conf.schema import ClusterConfig, Config, StackConfig
-from ...parallel.phases import MicroBatch
+from ...conf.schema import ClusterConfig, Config, PhaseConfig, StackConfig
+from ...parallel.phases import MicroBatch, Pending
+from ...parallel.schedule import Action, Op
+from ...parallel.trace import Tracer
 from ...train.engine import Engine
 from ...train.metrics import replace_file
 from ..local import fork_ranks
-from ..simulate import project_step
+from ..simulate.stage import Compute, Load, stages
+from ..simulate.step import Job, project_step
+from . import fit
 
-DEPTHS = (2, 8)  # layers
-STEPS = 12
+STEPS, SLOW = 8, 2  # of each model; the first ones, which allocate
 MARK = "# Measured by `shoestring bench fabric`"
-WORDS = (
-    "model=micro", "model.num_dense_layers=0", "data=synthetic", "data.seq_len=16", "train.micro_batch_sequences=1",
-    "train.global_batch_tokens=64", "optim.warmup_steps=1",
+MICRO_BATCHES = 2
+# Width, heads, sequences of a micro-batch, their length, experts, width of each, vocabulary.
+SIZES = (
+    (32, 2, 1, 16, 16, 32, 512), (64, 2, 2, 64, 16, 64, 2048), (64, 4, 8, 128, 16, 64, 512), (192, 6, 2, 64, 16, 128, 512),
+    (192, 6, 4, 256, 8, 192, 512), (128, 2, 8, 128, 32, 64, 1024), (256, 4, 2, 256, 16, 256, 512), (96, 6, 1, 512, 16, 96, 512),
 )  # fmt: skip
+# Of the executor's phases, as whose they count: an exchange's rows are gathered for the experts.
+AS = {"dispatch": "experts", "combine": "experts", "losses": "head"}
+
+Measured = dict[str, float]  # by attention_F and so on, exchange and step: seconds of one, the median of steps
 
 
-def measure(cluster: ClusterConfig) -> StackConfig:
-    """Shoestring's own, with what is measured here: exchanges of gloo wait for peers on shared cores, and that is in the links' times."""
+def measure(cluster: ClusterConfig, processes: int, sizes: Sequence[tuple[int, ...]] = SIZES) -> tuple[StackConfig, list[str]]:
+    """Shoestring's own stack with what is measured here, and lines about it."""
     usual = load(["stack=shoestring"]).stack
-    quiet = dataclasses.replace(usual, host_us_per_layer=0.0, host_us_per_step=0.0)
-    beyond = {}
-    for depth in DEPTHS:
-        config = replaced(replaced(load([*WORDS, f"model.num_layers={depth}"]), "cluster", cluster), "stack", quiet)
-        (taken,) = fork_ranks(1, _step_seconds, config)
-        beyond[depth] = taken - project_step(config, terms=False).ideal
-    shallow, deep = DEPTHS
-    passes = 2 * config.num_micro_batches
-    layer = max(0.0, (beyond[deep] - beyond[shallow]) / (deep - shallow) / passes)
-    step = max(0.0, beyond[shallow] - (shallow + 1) * passes * layer)  # embedding and head are two phases, as a layer is
-    return dataclasses.replace(
-        usual, name=cluster.name, peer_wait=0.0, host_us_per_layer=round(layer * 1e6, 1), host_us_per_step=round(step * 1e6, 1)
-    )
+    plain = dataclasses.replace(usual, peer_wait=0.0, phases={}, host_us_per_step=0.0)
+    replicas = max(1, min(processes, 8) // 2)
+    configs = [replaced(replaced(load(_words(*size, replicas)), "cluster", cluster), "stack", plain) for size in sizes]
+    found = fork_ranks(2 * replicas, _train, configs)
+    phases, errors = _fit([_kernels(config) for config in configs], [list(of_ranks) for of_ranks in zip(*found)])
+    own = dataclasses.replace(plain, name=cluster.name, phases=phases)
+    beyond = [
+        statistics.median(measured["step"] for measured in of_ranks) - project_step(replaced(config, "stack", own), terms=False).ideal
+        for config, of_ranks in zip(configs, zip(*found))
+    ]
+    own = dataclasses.replace(own, host_us_per_step=round(max(0.0, statistics.median(beyond)) * 1e6, 1))
+    shown = ", ".join(f"{name} {100 * error:.0f} %" for name, error in errors.items())
+    return own, [f"{len(configs)} models on {2 * replicas} processes; the lines are off what was measured, in the middle: {shown}"]
 
 
-def _step_seconds(config: Config) -> float:
-    """Median of some, after the first."""
+def _words(dim: int, heads: int, sequences: int, length: int, experts: int, hidden: int, vocab: int, replicas: int) -> list[str]:
+    return [
+        "model=tiny", "data=synthetic", "optim.warmup_steps=1", "parallel.pp=1", "parallel.ep=2", f"parallel.edp={replicas}",
+        f"model.dim={dim}", f"model.q_lora_rank={dim // 2}", f"model.kv_lora_rank={dim // 2}", f"model.num_heads={heads}",
+        f"model.dense_hidden_dim={3 * dim}", f"model.num_experts={experts}", f"model.expert_hidden_dim={hidden}",
+        f"model.vocab_size={vocab}", f"model.max_seq_len={length}", f"data.seq_len={length}", f"train.micro_batch_sequences={sequences}",
+        f"train.global_batch_tokens={MICRO_BATCHES * 2 * replicas * sequences * length}",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- on a rank
+
+
+def _train(configs: Sequence[Config]) -> list[Measured]:
     torch.set_num_threads(1)
-    engine = Engine(config)
-    rows = torch.randint(config.model.vocab_size, (1, config.data.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    return [_steps(config) for config in configs]
+
+
+def _steps(config: Config) -> Measured:
+    engine, stopwatch = Engine(config), Stopwatch()
+    shape, seed = (config.train.micro_batch_sequences, config.data.seq_len + 1), torch.Generator().manual_seed(engine.mesh.dp_rank)
+    rows = torch.randint(config.model.vocab_size, shape, generator=seed)
     batches = [MicroBatch(tokens_BS=rows[:, :-1], targets_BN=rows[:, 1:])] * config.num_micro_batches
-    taken = []
+    engine.executor.tracer = stopwatch
+    taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(STEPS):
+        stopwatch.seconds.clear()
         began = time.perf_counter()
         engine.train_step(batches, 1e-9)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[2:])
+        taken["step"].append(time.perf_counter() - began)
+        for name, seconds in stopwatch.of_one(config).items():
+            taken[name].append(seconds)
+    return {name: statistics.median(seconds[SLOW:]) for name, seconds in taken.items()}
 
 
-def write(path: Path, stack: StackConfig) -> Path:
+class Stopwatch(Tracer):
+    """Adds up a step's phases and actions, where compute is done when its call returns."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def action(self, action: Action):
+        return self._timed("action " + "".join(op.kind for op in action))
+
+    def compute(self, op: Op, phase: str):
+        return self._timed(f"{AS.get(phase, phase)}_{op.kind}")
+
+    def weights(self, op: Op, phase: str):
+        return self._timed(f"{AS.get(phase, phase)}_W")
+
+    pack = compute
+
+    def issue(self, op: Op, phase: str, pending: Pending) -> Pending:
+        if pending.work is None:
+            return pending
+
+        def finish() -> tuple:
+            with self.compute(op, phase):
+                return pending.finish()
+
+        return dataclasses.replace(pending, finish=finish)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def of_one(self, config: Config) -> Measured:
+        """Of one phase of one micro-batch; of an exchange what its forward waits, in which nothing else is done meanwhile."""
+        model, num = config.model, config.num_micro_batches
+        routed = model.num_layers - model.num_dense_layers
+        blocks = {"attention": model.num_layers, "experts": routed, "mlp": model.num_dense_layers, "embed": 1, "head": 1}
+        of_one = {
+            f"{phase}_{when}": self.seconds[f"{phase}_{when}"] / (num * count)
+            for phase, count in blocks.items()
+            for when in "FBW"
+            if self.seconds[f"{phase}_{when}"]
+        }
+        waited = self.seconds["action F"] - sum(seconds for name, seconds in self.seconds.items() if name in {f"{p}_F" for p in blocks})
+        return {**of_one, "exchange": waited / (2 * num * routed)}
+
+
+# ---------------------------------------------------------------- lines
+
+
+def _kernels(config: Config) -> Measured:
+    """What is projected for kernels and links alone: of one phase, and of one exchange of forward."""
+    job = Job.of(config)
+    (steps,) = stages(config, job.rates, Load(), job.layers)
+    alone = {f"{s.name}_{when}": busy.seconds for s in steps if isinstance(s, Compute) for when, busy in s.alone.items()}
+    exchanges = [s.alone["F"] for s in steps if not isinstance(s, Compute) and s.alone]
+    return {**alone, "exchange": statistics.mean(exchanges)}
+
+
+def _fit(projected: Sequence[Measured], measured: Sequence[Sequence[Measured]]) -> tuple[dict[str, PhaseConfig], dict[str, float]]:
+    """By phase: its line, and the median of |line - measured| / measured. `measured`: of each model, what each rank found."""
+    phases, errors = {}, {}
+    names = [name for name in measured[0][0] if name != "step"]
+    for name in names:
+        points = [(kernels[name], m[name]) for kernels, of_ranks in zip(projected, measured) for m in of_ranks]
+        host, times = fit.line(points) if any(x for x, _ in points) else (statistics.median(y for _, y in points), 1.0)  # no kernels
+        phases[name] = PhaseConfig(host_us=round(host * 1e6, 1), times=round(times, 3))
+        errors[name] = statistics.median(abs(host + times * x - y) / y for x, y in points)
+    return phases, errors
+
+
+def write(path: Path, stack: StackConfig, notes: Sequence[str]) -> Path:
     """`conf/stack/NAME.yaml`: what differs from Shoestring's own on a GPU is measured, terms are its."""
     of = lambda t: f"{{low: {t.low:g}, likely: {t.likely:g}, high: {t.high:g}, source: {json.dumps(t.source)}}}"
     terms = "".join(f"  {name}: {of(term)}\n" for name, term in stack.terms.items())
+    phases = "".join(f"  {name}: {{host_us: {p.host_us:g}, times: {p.times:g}}}\n" for name, p in stack.phases.items())
+    comment = "\n".join(textwrap.wrap(f"{MARK}: {' '.join(notes)}", 138, subsequent_indent="#   "))
     text = f"""\
-{MARK}: {DEPTHS[0]} and {DEPTHS[1]} layers of model=micro, one process.
+{comment}
 name: {stack.name}
 hidden: {stack.hidden:g}
 peer_wait: {stack.peer_wait:g}
-host_us_per_layer: {stack.host_us_per_layer:g}
 host_us_per_step: {stack.host_us_per_step:g}
-terms:
+phases:
+{phases}terms:
 {terms}"""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)

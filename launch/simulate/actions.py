@@ -49,10 +49,13 @@ class Cost:
     again: float
     exposed: float
 
+    def times(self, factor: float) -> "Cost":
+        return Cost(**{name: factor * value for name, value in vars(self).items()})
+
 
 class RankCosts:
     """Of one rank's actions, in order. `hidden`: the share of a pair's exchanges that compute can cover. `peer_wait`: how late the last
-    peer is in an exchange, of the blocks' compute between two. `host`: seconds that the device waits for its host, in each phase."""
+    peer is in an exchange, of the blocks' compute between two."""
 
     def __init__(
         self,
@@ -60,10 +63,9 @@ class RankCosts:
         *,
         hidden: float = 1.0,
         peer_wait: float = 0.0,
-        host: float = 0.0,
         pairs: dict[tuple, Cost] | None = None,
     ):
-        self.stages, self.hidden, self.peer_wait, self.host = stages, hidden, peer_wait, host
+        self.stages, self.hidden, self.peer_wait = stages, hidden, peer_wait
         self.deferred: dict[tuple[int, int], Waiting] = {}
         self.pairs = {} if pairs is None else pairs  # by their ops' kinds and stages: alike for every micro-batch
         self.lone: dict[tuple[str, int], Cost] = {}  # likewise, where nothing waits that could run beside
@@ -115,7 +117,7 @@ class RankCosts:
             step.of(when, beside).seconds
             for op in action
             for step in self.stages[op.stage]
-            if isinstance(step, Compute) and step.name in ("attention", "experts")
+            if isinstance(step, Compute) and step.name in ("attention", "experts", "mlp")
             for when in passes[op.kind]
         )
         return self.peer_wait * compute / num if num and self.peer_wait else 0.0
@@ -124,7 +126,7 @@ class RankCosts:
         for step in self.stages[op.stage]:
             if isinstance(step, Compute):
                 busy = step.of("F", beside)
-                clock.run(busy.seconds + self.host, busy.again)
+                clock.run(busy.seconds, busy.again)
             else:
                 yield from self._under_way(clock, step, "F", beside, [])
 
@@ -134,7 +136,7 @@ class RankCosts:
         for step in reversed(self.stages[op.stage]):
             if isinstance(step, Compute):
                 busy, weights = step.of("B", beside), step.of("W", beside)
-                clock.run(busy.seconds + self.host, busy.again)
+                clock.run(busy.seconds, busy.again)
                 if weights.seconds:
                     waiting.append((step.of("W", False).seconds, weights.seconds, weights.again))
             else:

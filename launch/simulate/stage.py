@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from ...conf.schema import Config
+from ...conf.schema import Config, PhaseConfig
 from ...train import block_ops, cost
 from ...train.block_ops import Call
 from ...train.traffic import even_rows, row_bytes
@@ -87,7 +87,10 @@ def _block(config: Config, rates: Rates, load: Load, layer: int) -> StageSteps:
         ep=c.parallel.ep if routed else 1, recompute=c.train.recompute, sent=sent_rows(c) if exchanged else 0,
         rows=load.rows * tokens * m.top_k if exchanged else None,
     )  # fmt: skip
-    phases = [_compute(name, [call for call in calls if call.phase == name], rates, load.compute) for name in ("attention", "experts")]
+    phases = [
+        _compute(c, name, [call for call in calls if call.phase == phase], rates, load.compute)
+        for phase, name in (("attention", "attention"), ("experts", "experts" if routed else "mlp"))
+    ]
     exchanges = [_exchange(c, rates, load, name, exchanged) for name in ("dispatch", "combine")]
     return phases[0], exchanges[0], phases[1], exchanges[1]
 
@@ -96,14 +99,22 @@ def _ends(config: Config, rates: Rates, slower: float, phase: str) -> Compute:
     m, width = config.model, cost.ELEMENT_BYTES[config.precision.compute]
     calls = block_ops.end_calls(m, tokens=micro_batch_tokens(config), width=width, embed=phase == "embed", head=phase != "embed")
     modules = m.mtp_depth if phase == "predict" else 1  # all are alike
-    return _compute(phase, [call for call in calls if call.phase == phase], rates, slower / modules)
+    return _compute(config, phase, [call for call in calls if call.phase == phase], rates, slower / modules)
 
 
-def _compute(name: str, calls: Sequence[Call], rates: Rates, slower: float) -> Compute:
+def _compute(config: Config, name: str, calls: Sequence[Call], rates: Rates, slower: float) -> Compute:
+    """Kernels one after another, and what this software adds to them."""
+
     def by_pass(beside: bool) -> dict[str, Busy]:
         timed = [(call, slower * rates.seconds(call, beside=beside)) for call in calls]
         sums = lambda when, chosen: sum(seconds for call, seconds in timed if call.when == when and chosen(call))
-        return {when: Busy(seconds=sums(when, lambda c: True), again=sums(when, lambda c: c.again)) for when in "FBW"}
+        own = {when: config.stack.phases.get(f"{name}_{when}", PhaseConfig()) for when in "FBW"}
+        return {
+            when: Busy(
+                seconds=phase.times * sums(when, lambda c: True) + phase.host_us * 1e-6, again=phase.times * sums(when, lambda c: c.again)
+            )
+            for when, phase in own.items()
+        }
 
     return Compute(name=name, alone=by_pass(False), beside=by_pass(True))
 
@@ -137,9 +148,12 @@ def _exchange(config: Config, rates: Rates, load: Load, name: str, exchanged: bo
     if not exchanged:
         return Exchange(name=name, alone={}, beside={})
 
+    own = config.stack.phases.get("exchange", PhaseConfig())
+
     def seconds(when: str, beside: bool) -> float:
         inter, intra, after = (num * load.rows for num in exchange_bytes(config, when, name))
         legs = rates.link_seconds(inter, intra, beside=beside), rates.link_seconds(0, after, beside=beside)
-        return load.links * (max(legs) if dispatcher_of(config) == "deepep" else sum(legs))  # DeepEP's legs run at the same time
+        together = max(legs) if dispatcher_of(config) == "deepep" else sum(legs)  # DeepEP's legs run at the same time
+        return load.links * own.times * together + own.host_us * 1e-6
 
     return Exchange(name=name, alone={w: seconds(w, False) for w in "FB"}, beside={w: seconds(w, True) for w in "FB"})

@@ -127,13 +127,16 @@ def _sum(seconds: float, terms: Mapping[str, Interval]) -> Interval:
 
 def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float], Timeline]:
     costs = action_costs(job, conditions)
-    seconds = {action: c.seconds for actions, of_rank in zip(job.lists, costs) for action, c in zip(actions, of_rank)}
     hop = _hop_seconds(job.config, job.rates) * conditions.pipeline_traffic
-    timeline = simulate(job.lists, seconds.__getitem__, lambda sender, receiver: hop, job.order)
+    timeline = _timeline(job, costs, hop)
+    if (crowd := _crowd(job.config, costs, timeline)) > 1:
+        costs = [[c.times(crowd) for c in of_rank] for of_rank in costs]
+        timeline = _timeline(job, costs, hop)
     tails = [_Tail.of(job, spans) for spans in timeline.spans]
-    reduced = max(timeline.makespan, *(tail.reduced for tail in tails))
-    gather = max(tail.gather for tail in tails)
-    update = max(tail.update for tail in tails) + job.config.stack.host_us_per_step * 1e-6
+    turns = processes_per_core(job.config)  # in which all take part
+    reduced = timeline.makespan + turns * (max(timeline.makespan, *(tail.reduced for tail in tails)) - timeline.makespan)
+    gather = turns * max(tail.gather for tail in tails)
+    update = turns * (max(tail.update for tail in tails) + job.config.stack.host_us_per_step * 1e-6)
     total = (reduced + gather + update) * (1 + conditions.host_stalls)
     mean = lambda name: sum(getattr(c, name) for of_rank in costs for c in of_rank) / len(costs)
     parts = {
@@ -149,14 +152,25 @@ def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float]
 
 def action_costs(job: Job, conditions: Conditions) -> list[list[Cost]]:
     slowest = 1 + conditions.jitter * _farthest(job.config.parallel.world_size)
-    load = Load(rows=conditions.imbalance, compute=conditions.kernels * slowest * core_share(job.config), links=conditions.links)
+    load = Load(rows=conditions.imbalance, compute=conditions.kernels * slowest, links=conditions.links)
     made, pairs, stack = stages(job.config, job.rates, load, job.layers), {}, job.config.stack
-    host = stack.host_us_per_layer * 1e-6 / 2 * core_share(job.config)  # a layer has two phases
-    return [RankCosts(made, hidden=stack.hidden, peer_wait=stack.peer_wait, host=host, pairs=pairs).of(actions) for actions in job.lists]
+    return [RankCosts(made, hidden=stack.hidden, peer_wait=stack.peer_wait, pairs=pairs).of(actions) for actions in job.lists]
 
 
-def core_share(config: Config) -> float:
-    """Processes for each core, where devices are cores of one machine: beyond one, they take turns."""
+def _timeline(job: Job, costs: Sequence[Sequence[Cost]], hop: float) -> Timeline:
+    seconds = {action: c.seconds for actions, of_rank in zip(job.lists, costs) for action, c in zip(actions, of_rank)}
+    return simulate(job.lists, seconds.__getitem__, lambda sender, receiver: hop, job.order)
+
+
+def _crowd(config: Config, costs: Sequence[Sequence[Cost]], timeline: Timeline) -> float:
+    """Where devices are cores of one machine, and processes more than cores: how many times slower all is. Moving bytes is the cores' work,
+    too; who has no action leaves its core to others: so many processes as have one, on average, share the cores."""
+    busy = sum(c.seconds for of_rank in costs for c in of_rank) / (len(costs) * timeline.makespan)
+    return busy * processes_per_core(config)
+
+
+def processes_per_core(config: Config) -> float:
+    """At least 1; 1 of GPUs."""
     on_cpu = config.cluster.device.startswith("CPU")
     return max(1.0, config.parallel.world_size * config.launch.threads / config.cluster.gpus_per_node) if on_cpu else 1.0
 

@@ -1,38 +1,60 @@
-"""This software's own costs: found again where step times are made up of known ones, and the file that is written."""
+"""This software's own costs: found again where steps are made up of known ones, in real steps, and in the file that is written."""
 
 import dataclasses
 
 import pytest
 from shoestring.conf.compose import load
+from shoestring.conf.schema import PhaseConfig
 from shoestring.launch.bench import stack
+from shoestring.launch.local import fork_ranks
 from shoestring.launch.simulate import project_step
 
-LAYER, STEP = 400.0, 9000.0  # microseconds
+LINES = {
+    f"{phase}_{when}": PhaseConfig(host_us=100.0 * i + 10 * j, times=round(1 + 0.1 * i + 0.3 * j, 3))
+    for i, phase in enumerate(("attention", "experts", "mlp", "head"))
+    for j, when in enumerate("FBW")
+} | {
+    "embed_F": PhaseConfig(host_us=7.0, times=2.0),
+    "embed_W": PhaseConfig(host_us=70.0, times=1.5),
+    "exchange": PhaseConfig(host_us=900, times=3),
+}
+STEP = 9000.0  # microseconds
 
 
 def test_what_steps_were_made_of_is_found(monkeypatch):
-    def made_up(ranks, job, config):
-        ours = dataclasses.replace(config.stack, host_us_per_layer=LAYER, host_us_per_step=STEP)
-        config = dataclasses.replace(config, stack=ours)
-        return (project_step(config, terms=False).ideal,)
+    def made_up(ranks, job, configs):
+        """Every rank of a model alike: its kernels on the lines."""
+        own = lambda config: dataclasses.replace(config.stack, phases=LINES, host_us_per_step=STEP)
+        steps = [project_step(dataclasses.replace(config, stack=own(config)), terms=False).ideal for config in configs]
+        on_lines = [{name: line.host_us * 1e-6 + line.times * stack._kernels(c)[name] for name, line in LINES.items()} for c in configs]
+        return [[{**phases, "step": step} for phases, step in zip(on_lines, steps)]] * ranks
 
     monkeypatch.setattr(stack, "fork_ranks", made_up)
-    found = stack.measure(load(["cluster=cpu"]).cluster)
-    assert found.host_us_per_layer == pytest.approx(LAYER, rel=0.01) and found.host_us_per_step == pytest.approx(STEP, rel=0.01)
-    assert found.terms and found.peer_wait == 0.0
+    found, (note,) = stack.measure(load(["cluster=cpu"]).cluster, 2)
+    assert found.phases.keys() == LINES.keys() and found.peer_wait == 0.0 and found.terms
+    for name, line in LINES.items():
+        assert found.phases[name].host_us == pytest.approx(line.host_us, rel=0.01, abs=0.1), name
+        assert found.phases[name].times == pytest.approx(line.times, rel=0.01), name
+    assert found.host_us_per_step == pytest.approx(STEP, rel=0.02)
+    assert "attention_F 0 %" in note
 
 
 def test_the_file_is_what_was_found(tmp_path):
     usual = load(["stack=shoestring"]).stack
-    own = dataclasses.replace(usual, name="here", host_us_per_layer=12.5, host_us_per_step=800.0, peer_wait=0.0)
-    path = stack.write(tmp_path / "stack" / "here.yaml", own)
-    assert path.read_text().startswith(stack.MARK)
+    own = dataclasses.replace(usual, name="here", phases=LINES, host_us_per_step=800.0, peer_wait=0.0)
+    path = stack.write(tmp_path / "stack" / "here.yaml", own, ["four models", "on two processes"])
+    assert path.read_text().startswith(f"{stack.MARK}: four models on two processes\n")
     assert load(["stack=here"], str(tmp_path)).stack == own
 
 
-def test_a_real_step(monkeypatch):
-    """Costs something, in each layer and beside them."""
-    monkeypatch.setattr(stack, "STEPS", 5)
-    endless = ["cluster.memory_tb_s=1e6", "cluster.rates.launch_us=0", *(f"cluster.peak_tflops.{p}=1e9" for p in ("fp32", "bf16"))]
-    found = stack.measure(load(["cluster=cpu", *endless]).cluster)
-    assert found.host_us_per_layer > 0
+def test_real_steps(monkeypatch):
+    """Phases and exchanges of forward are what its actions take; those of all passes are most of a step."""
+    monkeypatch.setattr(stack, "STEPS", 4)
+    config = load(stack._words(32, 2, 1, 32, 16, 32, 512, 1))
+    for (measured,) in fork_ranks(2, stack._train, [config]):
+        assert set(measured) == {*LINES, "embed_B", "step"}
+        num = {"attention": 4, "experts": 3, "mlp": 1, "embed": 1, "head": 1, "exchange": 3}
+        one = {name: seconds * num[name.split("_")[0]] * config.num_micro_batches for name, seconds in measured.items() if name != "step"}
+        assert all(seconds > 0 for seconds in measured.values())
+        total = sum(one.values()) + 3 * one["exchange"]  # forward has two of them, and so has backward
+        assert 0.5 * measured["step"] < total < 1.5 * measured["step"]  # a third of the exchanges' time is under weight gradients

@@ -101,7 +101,7 @@ def test_actions_take_what_the_executor_takes(pp):
         lists = SCHEDULES[name].actions(pp, chunks, num)
         every = {stage: tuple(made) for _, of_rank in ranks for stage, made in of_rank.items()}
         for n, (took, _) in enumerate(ranks):
-            costs = RankCosts(every, hidden=1.0, host=0.0).of(lists[n // 2])
+            costs = RankCosts(every, hidden=1.0).of(lists[n // 2])
             assert [cost.seconds for cost in costs] == took, (name, n)
             assert any(took) and all(cost.seconds == pytest.approx(cost.compute + cost.exposed) for cost in costs)
 
@@ -113,5 +113,5 @@ def test_what_software_leaves_bare():
     (pair,) = [a for a in SCHEDULES["dualpipev"].actions(1, 2, 2)[0] if len(a) > 1][:1]
     for length, hidden in ((1.0, 0.9), (30.0, 0.9)):
         stages = [(phase(10, 10, 10), exchange(length), phase(10, 10, 10), exchange(length))] * 2
-        full, part = (RankCosts(stages, hidden=share, host=0.0)._pair(pair) for share in (1.0, hidden))
+        full, part = (RankCosts(stages, hidden=share)._pair(pair) for share in (1.0, hidden))
         assert part.seconds == max(full.seconds, 60 + (1 - hidden) * 4 * length) and part.compute == 60
