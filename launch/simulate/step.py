@@ -21,6 +21,7 @@ from ...train.rank_share import all_actions, stage_layers
 from .actions import Cost, RankCosts
 from .rates import Rates
 from .stage import Load, micro_batch_tokens, stages
+from .teams import as_teams
 
 PARTS = ("compute", "recompute", "exposed communication", "bubble", "reduce", "optimizer")
 OPTIMIZER_BYTES = {"adamw": 3, "muon": 2}  # tensors read and written for each element, beside the gradient that is read
@@ -80,6 +81,7 @@ class Job:
 
     @classmethod
     def of(cls, config: Config) -> "Job":
+        config = as_teams(config)
         p, schedule = config.parallel, SCHEDULES[config.parallel.schedule]
         which = p.schedule, p.pp, p.chunks, config.num_micro_batches
         return cls(
@@ -131,7 +133,7 @@ def _simulate(job: Job, conditions: Conditions) -> tuple[float, dict[str, float]
     timeline = _timeline(job, costs, hop)
     if (crowd := _crowd(job.config, costs, timeline)) > 1:
         costs = [[c.times(crowd) for c in of_rank] for of_rank in costs]
-        timeline = _timeline(job, costs, hop)
+        timeline = _timeline(job, costs, crowd * hop)
     tails = [_Tail.of(job, spans) for spans in timeline.spans]
     turns = processes_per_core(job.config)  # in which all take part
     reduced = timeline.makespan + turns * (max(timeline.makespan, *(tail.reduced for tail in tails)) - timeline.makespan)
@@ -209,9 +211,13 @@ class _Tail:
             ends = {"embedding": stage == 0, "head": stage == len(job.layers) - 1}
             dense, experts = cost.rank_params(c.model, p, layers=job.layers[stage], **ends)
             groups = (dense, p.dp * job.directions, dense_in_node), (experts, p.edp * job.directions, experts_in_node)
+            mine = sum(n / replicas for n, replicas, _ in groups)
+            if c.stack.sharded_weights:  # both travel with every block
+                reduced, held, owned = max(reduced, done[stage]), held + mine, owned + mine
+                continue
             reduced = max(reduced, done[stage]) + sum(rates.ring_seconds(main * n, *group) for n, *group in groups)
             gather += sum(rates.ring_seconds(width * n, *group) for n, *group in groups)
-            held, owned = held + dense + experts, owned + sum(n / replicas for n, replicas, _ in groups)
+            held, owned = held + dense + experts, owned + mine
         return cls(reduced=reduced, update=_update_seconds(c, rates, owned, held), gather=gather)
 
 

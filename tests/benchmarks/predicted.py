@@ -51,9 +51,11 @@ def main() -> None:
     parser.add_argument("--name", default="here", help="of the cluster's file and the stack's (default: here)")
     parser.add_argument("--processes", type=int, nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--words", nargs="*", default=[], help="KEY=VALUE, for another model, batch or length than those of tiny")
     options = parser.parse_args()
     cases = [(n, layout) for n in options.processes for layout in LAYOUTS[n]]
-    words = {layout: [*USUAL.split(), f"cluster={options.name}", f"stack={options.name}", *layout.split()] for _, layout in cases}
+    usual = [*USUAL.split(), *options.words, f"cluster={options.name}", f"stack={options.name}"]
+    words = {layout: [*usual, *layout.split()] for _, layout in cases}
     measured: dict[str, list[float]] = {layout: [] for _, layout in cases}
     for _ in range(options.runs):
         for n, layout in cases:
