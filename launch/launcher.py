@@ -64,7 +64,7 @@ def train(config: Config, command: Sequence[str]) -> int:
 
 
 def _steps_done(config: Config) -> int:
-    return pkgutil.resolve_name("shoestring.train.trainer:steps_done")(config)
+    return pkgutil.resolve_name("shoestring.train.resume:steps_done")(config)
 
 
 def start(config: Config, device_type: str, target: Callable[..., int], *args: Any, world_size: int) -> int:

@@ -5,7 +5,6 @@
 A new phase is a resume: the last one ends with a checkpoint, and the next one, perhaps of another layout, loads it.
 """
 
-import dataclasses
 import gc
 import time
 from collections.abc import Callable
@@ -17,23 +16,21 @@ import torch
 import torch.distributed as dist
 
 from ..conf.compose import to_yaml
-from ..conf.phases import Phase, num_steps, num_tokens, phase_at, phases
+from ..conf.phases import Phase, num_steps, num_tokens, phase_at
 from ..conf.schema import Config, ConfigError
 from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
 from . import cost, metrics, units
-from .checkpoint.checkpointer import Checkpointer, find_latest, read_extra
+from .checkpoint.checkpointer import Checkpointer, read_extra
 from .data.corpus import open_corpus
 from .engine import StepResult, Watch
 from .metrics import StepRecord, Summary
 from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
+from .resume import Progress, check_same_run, find_start, kept
 from .sentinel import Look
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 from .traces import Traces
-
-# May be another in each session and phase: nothing that is in a checkpoint depends on them.
-FREE_MODEL_FIELDS = ("name", "yarn", "max_seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +41,6 @@ class Outcome:
     step: int
     stopped: bool  # by `stop()`: saved, and to be continued
     wants: int = 0  # ranks that the next phase runs on, where they are not as many as these; else 0
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where the run stands: what a checkpoint keeps beside tensors. `sample` is the next one of the stream to be read."""
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0
-    stream: int = 0
-    sample: int = 0
 
 
 def run(
@@ -71,26 +57,6 @@ def run(
     FloatingPointError; whatever was saved before stays.
     """
     return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch).run()
-
-
-def find_start(config: Config) -> Path | None:
-    """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it)."""
-    resume, found = config.checkpoint.resume, find_latest(Path(config.run_dir) / "checkpoints")
-    if found and resume == "never":
-        rule = f"{found} is there; to begin anew, choose another `name` or remove the folder"
-        raise ConfigError("checkpoint.resume", "never", rule, "auto")
-    if found or resume in ("auto", "never"):
-        return found
-    named = find_latest(Path(resume) / "checkpoints") or Path(resume)
-    if not named.is_dir():
-        raise ConfigError("checkpoint.resume", resume, "must be auto, never, or an existing checkpoint or run directory", "auto")
-    return named
-
-
-def steps_done(config: Config) -> int:
-    """Where a session started now would begin. Reads the manifest of its checkpoint."""
-    start = find_start(config)
-    return read_extra(start)["progress"]["step"] if start else 0
 
 
 class _Session:
@@ -173,7 +139,8 @@ class _Session:
         chunks = self.part.engine.chunks(saving=False) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         # Random state belongs to a rank: under another layout some of it has no owner, and some ranks keep their own.
         extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng.") or may_lack(name))
-        self._check_same_run(start, extra)
+        for told in check_same_run(self.config, self.phase, self.part.corpus, start, extra):
+            self.log(told)
         self.part.engine.optimizer.load_state(extra["progress"]["step"])
         self.part.engine.placement.load_state(extra)
         if self.part.engine.sentinel:
@@ -181,46 +148,11 @@ class _Session:
         torch.set_rng_state(rng)
         self.progress = Progress(**extra["progress"])
 
-    def _check_same_run(self, start: Path, extra: dict[str, Any]) -> None:
-        """Layout, precision, learning rate and what is to come may change between sessions; model, data and what is past may not."""
-        trained = _flat(extra["model"])
-        for name, value in _flat(dataclasses.asdict(self.phase.config.model)).items():
-            was = trained.get(name, value)
-            if was != value and name.partition(".")[0] not in FREE_MODEL_FIELDS:
-                raise ConfigError(f"model.{name}", value, f"{start} was trained with another", was)
-            if was != value and name != "name":
-                self.log(f"model.{name} is {value:g} from here on; {start.name} was trained with {was:g}")
-        tokenizer = self.part.corpus.tokenizer.fingerprint
-        if extra.get("tokenizer", tokenizer) != tokenizer:
-            rule = f"its ids are not those that {start} was trained on; run_dir/tokenizer.json has the run's (data.tokenizer.kind=file)"
-            raise ConfigError("data.tokenizer.kind", self.phase.config.data.tokenizer.kind, rule)
-        same_stream = extra["progress"].get("stream", 0) == self.phase.stream
-        for name, value in self._stream().items() if same_stream else ():
-            if extra.get(name, value) != value:
-                rule = f"{start} was trained on another stream of samples; choose another `name` for a new run"
-                raise ConfigError(name, value, rule, extra[name])
-        for (name, first), (was, began) in zip(_begun(self.config, extra["progress"]["step"]), extra.get("phases", ())):
-            if (name, first) != (was, began):
-                rule = f"{start} says that phase {was} began after step {began}: phases that are past cannot be changed"
-                raise ConfigError("phases", f"{name} after step {first}", rule)
-
-    def _stream(self) -> dict[str, Any]:
-        """What decides which tokens a sample's number stands for."""
-        c = self.phase.config
-        return {"train.seed": c.train.seed, "data": self.part.corpus.fingerprint, "data.seq_len": c.data.seq_len}
-
     def _save(self) -> None:
         rng = torch.get_rng_state()
         chunks = self.part.engine.chunks(saving=True) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
-        c = self.phase.config
         extra = {
-            "progress": dataclasses.asdict(self.progress),
-            "phases": _begun(self.config, self.progress.step),
-            "model": dataclasses.asdict(c.model),
-            "tokenizer": self.part.corpus.tokenizer.fingerprint,
-            **self._stream(),
-            "layout": metrics.layout_name(c.parallel),
-            "precision": c.precision.compute,
+            **kept(self.config, self.phase, self.part.corpus, self.progress),
             **self.part.engine.placement.state(),
             **(self.part.engine.sentinel.state() if self.part.engine.sentinel else {}),
         }
@@ -367,14 +299,3 @@ class _Session:
             time_unix=time.time(),
             session=self.past.session,
         )
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields by their dotted keys."""
-    nested = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in section.items()]
-    return {key: value for part in nested for key, value in part.items()}
-
-
-def _begun(config: Config, step: int) -> list[list]:
-    """[name, first step] of the phases that have begun when `step` steps are done."""
-    return [[phase.name, phase.first_step] for phase in phases(config) if phase.first_step <= step]

@@ -26,7 +26,7 @@ from shoestring.parallel.schedule import Op
 from shoestring.train import cost, metrics
 from shoestring.train.engine import ROUTER_SUMS, Engine, learning_rate
 from shoestring.train.model.moe import RouterStats
-from shoestring.train.trainer import Progress
+from shoestring.train.resume import Progress
 
 SEQUENCES, SEQ_LEN, TOP_K = 15_360, 4096, 8
 TOKENS = SEQUENCES * SEQ_LEN  # 62,914,560

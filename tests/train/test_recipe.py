@@ -13,7 +13,7 @@ from shoestring.conf.phases import Level, levels, num_steps, num_tokens, phase_a
 from shoestring.conf.schema import RampConfig, TrainConfig
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.launch.validate import validate
-from shoestring.train import trainer
+from shoestring.train import resume, trainer
 from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
 from shoestring.train.metrics import read_records
 
@@ -99,10 +99,10 @@ def test_killed_in_every_phase(words, whole):
     """Each session is killed some steps into a phase, between checkpoints; the next one begins at the last checkpoint."""
     run = words("killed")
     for target in (9, 27, 36, 42, 45, 50, 54):
-        done = trainer.steps_done(load(run))
+        done = resume.steps_done(load(run))
         with pytest.raises(RankFailed, match="exit code 9"):
             fork_ranks(4, session, run, target - done)
-    assert trainer.steps_done(load(run)) < 54
+    assert resume.steps_done(load(run)) < 54
     fork_ranks(4, session, run)
     assert curve(read_records(f"{load(run).run_dir}/metrics.jsonl")) == curve(whole)
 
