@@ -37,6 +37,7 @@ _POSITIVE = [
     *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s mttf_gpu_hours checkpoint_gb_s"),
     *_fields("cluster.rates", "tile sms compute_beside_exchange exchange_beside_compute intra_node inter_node"),
     *_fields("launch", "threads timeout_s log_interval"),
+    *_fields("stack", "tensor context"),
     "precision.sentinel_max_error",
 ]
 _NOT_NEGATIVE = [

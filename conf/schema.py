@@ -367,6 +367,16 @@ class StackConfig(Section):
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
     host_us_per_step: float = 0.0  # that the device waits for its host, beside those
     terms: dict[str, TermConfig] = field(default_factory=dict)  # of launch/simulate; `~stack.terms.NAME` removes one
+    # What other software has and this has not, to price runs that others published. Memory is not counted with them, and no run starts.
+    tensor: int = 1  # GPUs that share every matrix of a rank, and the tokens between them (tensor and sequence parallelism)
+    context: int = 1  # GPUs that share every sequence of a rank
+    sharded_weights: bool = False  # FSDP, ZeRO-3: weights are gathered for each block in each pass, their gradients scattered
+    block_scales: bool = True  # of FP8, as in DeepSeek-V3; false: a scale for each tensor, and weight gradients as fast as the rest
+
+    @property
+    def team(self) -> int:
+        """GPUs that are one rank of the layout."""
+        return self.tensor * self.context
 
 
 @dataclass(kw_only=True)

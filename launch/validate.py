@@ -25,6 +25,12 @@ def validate(config: Config, world_size: int | None = None) -> None:
             if not config.phases:
                 raise
             raise ConfigError(error.field, error.value, f"{error.rule} (in phase {phase.name})", error.nearest) from None
+    elsewhere = [name for name in ("tensor", "context", "sharded_weights") if getattr(config.stack, name) not in (1, False)]
+    if world_size is not None and elsewhere:
+        name = elsewhere[0]
+        raise ConfigError(
+            f"stack.{name}", getattr(config.stack, name), "is for pricing runs of other software: none of ours can start with it"
+        )
     if world_size is not None and all(phase.config.parallel.world_size != world_size for phase in phases(config)):
         _check_world(phases(config)[0].config, world_size)
 

@@ -266,8 +266,8 @@ def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool, cop
 
 
 def num_devices(config: Config) -> int:
-    """Devices that a run keeps busy: one GPU per rank; on a CPU cluster, whose device is a core, one per thread."""
-    return config.parallel.world_size * (config.launch.threads if config.cluster.device.startswith("CPU") else 1)
+    """Devices that a run keeps busy: one GPU per rank, or a team; on a CPU cluster, whose device is a core, one per thread."""
+    return config.parallel.world_size * config.stack.team * (config.launch.threads if config.cluster.device.startswith("CPU") else 1)
 
 
 def peak_flops(cluster: ClusterConfig, precision: str) -> float | None:

@@ -9,6 +9,7 @@ from ...train import block_ops, cost
 from ...train.block_ops import Call
 from ...train.traffic import even_rows, row_bytes
 from .rates import Rates
+from .teams import gather_seconds, team_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,10 @@ def _block(config: Config, rates: Rates, load: Load, layer: int) -> StageSteps:
         ep=c.parallel.ep if routed else 1, recompute=c.train.recompute, sent=sent_rows(c) if exchanged else 0,
         rows=load.rows * tokens * m.top_k if exchanged else None,
     )  # fmt: skip
+    b = cost.block_params(m, layer)
+    held = {"attention": (b.attention + b.router + b.norms, 0), "experts": (b.dense_mlp + b.shared, b.experts)}
     phases = [
-        _compute(c, name, [call for call in calls if call.phase == phase], rates, load.compute)
+        _compute(c, name, [call for call in calls if call.phase == phase], rates, load.compute, held[phase])
         for phase, name in (("attention", "attention"), ("experts", "experts" if routed else "mlp"))
     ]
     exchanges = [_exchange(c, rates, load, name, exchanged) for name in ("dispatch", "combine")]
@@ -99,21 +102,25 @@ def _ends(config: Config, rates: Rates, slower: float, phase: str) -> Compute:
     m, width = config.model, cost.ELEMENT_BYTES[config.precision.compute]
     calls = block_ops.end_calls(m, tokens=micro_batch_tokens(config), width=width, embed=phase == "embed", head=phase != "embed")
     modules = m.mtp_depth if phase == "predict" else 1  # all are alike
-    return _compute(config, phase, [call for call in calls if call.phase == phase], rates, slower / modules)
+    table = m.vocab_size * m.dim
+    return _compute(config, phase, [call for call in calls if call.phase == phase], rates, slower / modules, (table, 0))
 
 
-def _compute(config: Config, name: str, calls: Sequence[Call], rates: Rates, slower: float) -> Compute:
-    """Kernels one after another, and what this software adds to them."""
+def _compute(
+    config: Config, name: str, calls: Sequence[Call], rates: Rates, slower: float, held: tuple[int, int]
+) -> Compute:  # fmt: skip
+    """Kernels one after another, and what this software, or another's, adds to them. `held`: dense and expert parameters."""
+    sent, gathered = team_seconds(config, rates, name), gather_seconds(config, rates, dense=held[0], experts=held[1])
 
     def by_pass(beside: bool) -> dict[str, Busy]:
         timed = [(call, slower * rates.seconds(call, beside=beside)) for call in calls]
         sums = lambda when, chosen: sum(seconds for call, seconds in timed if call.when == when and chosen(call))
         own = {when: config.stack.phases.get(f"{name}_{when}", PhaseConfig()) for when in "FBW"}
+        busy = {when: phase.times * sums(when, lambda c: True) + phase.host_us * 1e-6 for when, phase in own.items()}
+        beside_it = {"F": busy["F"], "B": busy["B"] + busy["W"], "W": 0.0}
+        bare = {when: sent.get(when, 0.0) + max(0.0, gathered.get(when, 0.0) - beside_it[when]) for when in "FBW"}
         return {
-            when: Busy(
-                seconds=phase.times * sums(when, lambda c: True) + phase.host_us * 1e-6, again=phase.times * sums(when, lambda c: c.again)
-            )
-            for when, phase in own.items()
+            when: Busy(seconds=busy[when] + bare[when], again=phase.times * sums(when, lambda c: c.again)) for when, phase in own.items()
         }
 
     return Compute(name=name, alone=by_pass(False), beside=by_pass(True))
