@@ -305,11 +305,8 @@ class _Block:
         self.calls.extend(call._replace(when="B", again=True) for call in calls if call.when == "F")
 
     def _all_again(self) -> None:
-        """The whole phase; what of it was to be recomputed alone is recomputed in it."""
-        mine = [call for call in self.calls if call.phase == self.phase and not call.again]
-        others = [call for call in self.calls if call.phase != self.phase]
-        self.calls[:] = [*others, *mine]
-        self._again(mine)
+        """The whole phase. What of it is recomputed alone is so once more: the phase's backward, made again, keeps as little."""
+        self._again([call for call in self.calls if call.phase == self.phase and not call.again])
 
     def _both(self, name: str, num_bytes: int) -> None:
         self._forward(name, num_bytes)

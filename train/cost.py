@@ -244,10 +244,8 @@ def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool, cop
     matrices = sum(b.dense - b.router - b.norms for b in (block_params(config.model, layer) for layer in layers))
     owned = sharded(dense - table, experts) + (share(table, p.dp * end_copies) if table else 0)
     by_muon = sharded(matrices, experts) if o.algorithm == "muon" else 0
-    width, moment_width = ELEMENT_BYTES[config.precision.compute], ELEMENT_BYTES[o.moment_precision(config.precision.compute)]
-    main_width = max(4, width)
-    own_masters = width < main_width or o.offload or o.engine == "deepspeed"
-    state = main_width * (owned * own_masters + by_muon) + 2 * moment_width * (owned - by_muon)
+    width = ELEMENT_BYTES[config.precision.compute]
+    main_width, state = max(4, width), _masters_and_moments(config, owned, by_muon)
     host = state + (main_width + width) * owned if o.offload else 0  # gradients come, weights go back
     if o.ema_decay:
         on_their_way = not o.offload and not config.cluster.device.startswith("CPU")  # masters, copied from the device
@@ -260,6 +258,18 @@ def rank_state_bytes(config: Config, *, layers, embedding: bool, head: bool, cop
         casts=2 * (matrices - entries + experts) if config.precision.linear == "fp8" else 0,
         host=host,
     )
+
+
+def owned_bytes(config: Config, owned: int, by_muon: int) -> int:
+    """On the device: masters and moments of that many elements, some of them Muon's."""
+    return 0 if config.optim.offload else _masters_and_moments(config, owned, by_muon)
+
+
+def _masters_and_moments(config: Config, owned: int, by_muon: int) -> int:
+    o, width = config.optim, ELEMENT_BYTES[config.precision.compute]
+    main_width, moment_width = max(4, width), ELEMENT_BYTES[o.moment_precision(config.precision.compute)]
+    own_masters = width < main_width or o.offload or o.engine == "deepspeed"
+    return main_width * (owned * own_masters + by_muon) + 2 * moment_width * (owned - by_muon)
 
 
 # ---------------------------------------------------------------- utilisation and money

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..conf.schema import Config, ModelConfig, OptimConfig
+from ..conf.schema import Config, OptimConfig
 from ..kernels.fp8_layers import Fp8Linears
 from ..kernels.fp8_weights import WeightCache
 from ..kernels.grouped import row_alignment
@@ -32,6 +32,7 @@ from ..parallel.schedule import Action, direction_of, proven
 from ..parallel.transport import DIRECT, Transport
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
+from .owned import muon_matrices
 from .rank_share import stage_layers
 from .sentinel import Sentinel
 
@@ -326,20 +327,6 @@ class _Totals:
 
 def _num_targets(batches: Sequence[MicroBatch], reads: HostReads) -> int:
     return int(reads.wait(torch.stack([b.num_targets for b in batches]).sum())) if batches else 0
-
-
-def muon_matrices(m: ModelConfig, name: str, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(rows, columns) of the matrices that a weight, or each expert's, is made of; none for embedding, head, gates and norms."""
-    if len(shape) == 1 or name in ("embed", "head") or name.endswith("router.weight"):
-        return ()
-    *_, rows, columns = shape
-    parts = [rows]
-    if name.endswith("gate_up"):
-        parts = [rows // 2, rows // 2]
-    elif name.endswith("qkv_a"):
-        latents = [m.kv_lora_rank, m.qk_rope_head_dim]
-        parts = [rows - sum(latents), *latents]
-    return tuple((part, columns) for part in parts)
 
 
 def learning_rate(o: OptimConfig, step: int, num_steps: int) -> float:

@@ -19,6 +19,7 @@ from ..kernels.row_maps import rows_bound
 from ..parallel.schedule import SCHEDULES, Action, Op
 from . import cost
 from .moments import Exchange, Micro, Phase
+from .owned import owned, update_bytes
 from .rank_share import Share, is_routed, rank_actions, rank_share
 from .traffic import reached
 
@@ -58,9 +59,11 @@ def fits(memory: Memory, cluster: ClusterConfig) -> bool:
 
 
 def rank_memory(
-    config: Config, pp_rank: int, *, imbalance: float = 1.0, padded_values: bool = False, sends_stay: bool = False, num: int | None = None
-) -> Memory:
-    """Of any rank of that place in the pipeline; `imbalance`: rows that its experts get, in every exchange, over the mean.
+    config: Config, pp_rank: int, *, place: tuple[int, int] | None = None, imbalance: float = 1.0, padded_values: bool = False,
+    sends_stay: bool = False, num: int | None = None,
+) -> Memory:  # fmt: skip
+    """Of a rank in that place of the pipeline, at `place` (edp rank, ep rank) in it; None: as any there, and no step of the optimizer has
+    the peak. `imbalance`: rows that its experts get, in every exchange, over the mean.
 
     As on CPU: `padded_values` (`moments.Micro`), and with `sends_stay`, what gloo has sent stays until somebody waits for it. `num`:
     micro-batches of the step; None: of the full batch.
@@ -73,12 +76,18 @@ def rank_memory(
     micro = micro_of(config, imbalance=imbalance, padded_values=padded_values)
     walk = _Walk(micro, _stages(config, share, micro), share, sends_stay)
     peak = walk.run(rank_actions(config, pp_rank, num if sends_stay else min(num, _enough(config))))
+    optimizer = state.optimizer
+    if place is not None:
+        mine = owned(config, share, edp_rank=place[0], ep_rank=place[1])
+        optimizer, update = cost.owned_bytes(config, mine.numel, mine.numel_by_muon), update_bytes(config, mine)
+        if update > peak.total:
+            peak = Peak(update, 0.0, 0.0, 0.0, "optimizer")
     tokens = num * micro.tokens * 8 * 2  # inputs and targets
-    allocated = state.total + tokens + peak.total
+    allocated = state.total - state.optimizer + optimizer + tokens + peak.total
     return Memory(
         weights=state.weights,
         main_grads=state.main_grads,
-        optimizer=state.optimizer,
+        optimizer=optimizer,
         casts=state.casts,
         activations=round(peak.kept) + tokens,
         working=round(peak.total - peak.kept - peak.travelling - peak.pipeline),
@@ -108,13 +117,14 @@ def micro_of(config: Config, *, imbalance: float = 1.0, padded_values: bool = Fa
     received = imbalance * copies if exchanged else copies
     # On one rank nobody knows how many rows padding will make: there is room for the most.
     rows = experts * -(-received // (experts * align)) * align if exchanged else rows_bound(copies, experts, align)
-    across, sent_on, maps = None, float(copies), 8 * copies * (4 if exchanged else 1) + 8 * (0 if exchanged else rows)
+    arrived = received + rows_bound(round(received), experts, align)  # what maps of rows that came are long
+    across, sent_on, maps = None, float(copies), 8 * (2 * copies + arrived if exchanged else copies + rows)
     if p.dispatcher in ("hierarchical", "deepep"):
         places = min(p.ep, config.cluster.gpus_per_node)
         nodes = p.ep // places
         far = tokens * nodes * reached(m.num_experts, m.num_experts // nodes, m.top_k, m.num_groups, m.num_limited_groups)
         across = (far, far)
-        maps = 8 * (tokens * nodes + copies + far + 2 * far * m.top_k + 2 * received)
+        maps = 8 * (tokens * nodes + copies + far + 2 * far * m.top_k + arrived)
     return Micro(
         model=m,
         tokens=tokens,
@@ -185,18 +195,27 @@ class Stretch(NamedTuple):
     where: str
 
 
-class Tape:
-    """Stretches of an op, told in the order of its phases. `values`: what one phase hands to the next."""
+class Waiting(NamedTuple):
+    """Weight gradients of one phase that wait: what they hold until they have run, and what running them takes beside."""
 
-    def __init__(self, kind: str, values: float):
+    held: float
+    running: float
+
+
+class Tape:
+    """Stretches of an op, told in the order of its phases. `values`: what one phase hands to the next. `others`: weight gradients of
+    earlier ops, oldest first, that may run under exchanges of this one; None where something else does."""
+
+    def __init__(self, kind: str, values: float, others: Sequence[Waiting] | None = None):
         self.kind, self.values, self.kept, self.flight = kind, values, 0.0, 0.0
-        self.closures: list[tuple[float, float]] = []  # of each phase that waits: what they hold, what running them takes
+        self.fills, self.others, self.freed = others is not None, deque(others or ()), 0.0
+        self.closures: deque[Waiting] = deque()  # own
         self.stretches: list[Stretch] = []
         self.most = Stretch(0.0, 0.0, 0.0, 0.0, "")
 
     @property
     def held(self) -> float:
-        return self.kept + sum(held for held, _ in self.closures)
+        return self.kept + sum(waiting.held for waiting in self.closures) - self.freed
 
     def at(self, where: str, temporary: float = 0.0, travelling: float = 0.0) -> None:
         peak = self.held + self.values + self.flight + temporary + travelling
@@ -208,13 +227,20 @@ class Tape:
         self.most = Stretch(0.0, 0.0, 0.0, 0.0, "")
 
     def run_closures(self) -> None:
+        """Under an exchange: a B's own, all; else the oldest of those that wait, unless there is another op to run."""
         if self.kind == "B" and self.closures:
-            self.at("weight gradients", max(running for _, running in self.closures))
-            self.closures = []
+            self.at("weight gradients", max(waiting.running for waiting in self.closures))
+            self.closures.clear()
+        elif self.kind != "B" and self.fills and (self.others or self.closures):
+            oldest = (self.others or self.closures)[0]
+            self.at("weight gradients", oldest.running)
+            self.freed += oldest.held if self.others else 0.0
+            (self.others or self.closures).popleft()
 
     def exchange(self, e: Exchange | None) -> None:
         if e is None:
-            self.run_closures()
+            if self.kind == "B":
+                self.run_closures()
             self.at("nothing,")
             return self.cut()
         self.at(e.name, travelling=e.packing)
@@ -222,6 +248,9 @@ class Tape:
         self.run_closures()
         self.at(e.name)
         self.cut()
+        if e.onward:
+            self.at(e.name, travelling=e.onward)
+            self.run_closures()
         self.at(e.name, travelling=e.landing)
         self.flight, self.values = 0.0, e.out if e.adds else self.values + e.out
 
@@ -230,29 +259,31 @@ class Tape:
         self.at(p.name, p.forward if forward else p.backward)
         self.kept += p.kept if forward else -p.kept
         self.values = p.out if forward else p.grad
-        if not forward:
-            self.closures.append((p.held, p.running))
+        if not forward and p is not LOSSES:
+            self.closures.append(Waiting(p.held, p.running))
         self.at(p.name)
         self.cut()
 
 
 class Run(NamedTuple):
-    """An op's stretches, and what stays when it is over: of activations (less, after a backward), and of closures, by phase."""
+    """An op's stretches, and what stays when it is over: of activations (less, after a backward), and of weight gradients that wait.
+    `filled`: how many of other ops' have run."""
 
     stretches: list[Stretch]
     kept: float
-    closures: list[float]
+    closures: list[Waiting]
+    filled: int
 
 
-def _run(stage: Stage, kind: str, values: float, running: float = 0.0) -> Run:
-    """`kind`: F, B or I. `values`: what it is handed."""
-    tape = Tape(kind, values)
+def _run(stage: Stage, kind: str, values: float, others: Sequence[Waiting] | None = None) -> Run:
+    """`kind`: F, B or I. `values`: what it is handed. `others`: as in `Tape`."""
+    tape = Tape(kind, values, others)
     for phase in stage.forward if kind == "F" else stage.backward:
         tape.compute(phase) if isinstance(phase, Phase) else tape.exchange(phase)
     if kind == "B" and tape.closures:
         tape.run_closures()
         tape.cut()
-    return Run(tape.stretches, tape.kept, [held for held, _ in tape.closures])
+    return Run(tape.stretches, tape.kept, list(tape.closures), len(others or ()) - len(tape.others))
 
 
 def _together(runs: Sequence[Run]) -> Stretch:
@@ -286,48 +317,50 @@ class _Walk:
     def __init__(self, micro: Micro, stages: dict[int, Stage], share: Share, sends_stay: bool):
         self.micro, self.share, self.sends_stay = micro, share, sends_stay
         self.last, self.D = share.num_stages - 1, micro.D
-        self.runs = functools.cache(
-            lambda kind, stage: _run(stages[stage], kind, self.D * (stage > 0 if kind == "F" else stage < self.last))
-        )
+        values = lambda kind, stage: self.D * (stage > 0 if kind == "F" else stage < self.last)
+        self.runs = functools.cache(lambda kind, stage, *others: _run(stages[stage], kind, values(kind, stage), *others))
         self.pair = functools.cache(lambda ops: _together([self.runs(*op) for op in reversed(ops)]))
-        self.running = {s: max(p.running for p in stage.backward if isinstance(p, Phase)) for s, stage in stages.items()}
         legs = 2 if micro.across else 1
         self.legs = {s: legs * sum(isinstance(p, Exchange) for p in stage.forward) * micro.exchanged for s, stage in stages.items()}
 
     def run(self, actions: Sequence[Action]) -> Peak:
         kept, waits, best = 0.0, 0.0, Peak(-1.0, 0, 0, 0, "")
-        self.deferred: dict[tuple[int, int], deque[float]] = {}
+        self.deferred: dict[tuple[int, int], deque[Waiting]] = {}
         for action, upcoming in zip(actions, (*actions[1:], ())):
             waits -= self.D * sum(self._from_here(op) for op in action)
             coming = self.D * sum(self._receives(op) for op in upcoming)
-            stretch = self._fullest(action)
-            closures = sum(map(sum, self.deferred.values()))
+            runs, stretch = self._fullest(action)
+            closures = sum(waiting.held for of_op in self.deferred.values() for waiting in of_op)
             total = kept + closures + waits + coming + stretch.peak
             if total > best.total:
                 where = "+".join(f"{op.stage}{op.kind}{op.micro_batch}" for op in action)
                 best = Peak(total, kept + closures + stretch.kept, stretch.travelling, waits + coming, f"{where}: {stretch.where}")
-            for op in action:
-                kept += self._over(op, alone=len(action) == 1)
+            for op, run in zip(action, runs):
+                kept += self._over(op, run)
             waits += self.D * sum(self._to_here(op) for op in action)
         return best
 
-    def _fullest(self, action: Action) -> Stretch:
+    def _fullest(self, action: Action) -> tuple[list[Run | None], Stretch]:
+        """What the ops of an action do (None: weight gradients alone), and the fullest moment."""
         if action[0].kind == "W":
-            return Stretch(self.running[action[0].stage], 0.0, 0.0, 0.0, "weight gradients W")
-        return self.pair(tuple((op.kind, op.stage) for op in action))
+            (op,) = action
+            running = max((waiting.running for waiting in self.deferred[op.stage, op.micro_batch]), default=0.0)
+            return [None], Stretch(running, 0.0, 0.0, 0.0, "weight gradients W")
+        if len(action) == 1 and action[0].kind != "B" and self.legs[action[0].stage]:
+            (op,) = action
+            waiting = (w for of_op in self.deferred.values() for w in of_op)
+            run = self.runs(op.kind, op.stage, tuple(itertools.islice(waiting, self.legs[op.stage])))
+            return [run], _together([run])
+        return [self.runs(op.kind, op.stage) for op in action], self.pair(tuple((op.kind, op.stage) for op in action))
 
-    def _over(self, op: Op, *, alone: bool) -> float:
+    def _over(self, op: Op, run: Run | None) -> float:
         """What of activations an op leaves, or frees."""
         key = (op.stage, op.micro_batch)
-        if op.kind == "W":
+        if run is None:
             self.deferred.pop(key)
             return 0.0
-        run = self.runs(op.kind, op.stage)
-        if alone:  # weight gradients that wait run under its exchanges
-            for _ in range(self.legs[op.stage] if op.kind != "B" else 0):
-                waiting = next((d for d in self.deferred.values() if d), None)
-                if waiting:
-                    waiting.popleft()
+        for _ in range(run.filled):
+            next(of_op for of_op in self.deferred.values() if of_op).popleft()
         if op.kind == "I":
             self.deferred[key] = deque(run.closures)
         sent = 0.0

@@ -30,7 +30,8 @@ class Phase(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """`packing`: beside, until it has been issued; `flight`: until it has been finished; `landing`: at most beside the flight, then."""
+    """`packing`: beside, until it has been issued; `flight`: until it has been finished; `landing`: at most beside the flight, then.
+    `onward`: likewise, until the second of two legs has been issued; 0 where there is one."""
 
     name: str
     packing: float
@@ -38,6 +39,7 @@ class Exchange(NamedTuple):
     landing: float
     out: float  # handed on
     adds: bool  # that is all; else beside what was there
+    onward: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +245,7 @@ class Micro:
         """x -> what the head reads, and its loss. Logits exist a few rows at a time, their gradient as a whole."""
         V = self.model.vocab_size
         rows = min(self.tokens, max(1, CHUNK_BYTES // (4 * V)))
-        chunk = rows * V * (self.width * self.narrow + 4 * self.wide)
+        chunk = rows * V * (self.width + 4 * self.wide)
         return Phase(
             name="head",
             kept=self.t(V) + 2 * self.D,
@@ -291,8 +293,8 @@ class Micro:
         long = codes + self.model.top_k * (self.wide + 4) * weights
         flight = payload + (out + came) * long
         inside = came * codes * weights + self.sent_on * codes * weights + (self.sent_on + self.received) * row
-        landing = max(inside, (self.sent_on + self.received) * row + unpacked - flight)
-        return Exchange(name, max(3 * payload, T * long * weights + flight), flight, landing, arrived, False)
+        landing = (self.sent_on + self.received) * row + unpacked - flight
+        return Exchange(name, max(3 * payload, T * long * weights + flight), flight, landing, arrived, False, inside)
 
     def to_tokens(self, name: str, *, weights: bool, out: float) -> Exchange:
         """Rows back, added up; what they are added to is handed on with them: `out` in all."""
@@ -308,7 +310,6 @@ class Micro:
         went, came = self.across
         flight = (self.received + self.sent_on) * row
         long = plain + self.model.top_k * self.wide * weights
-        landing = max(
-            self.sent_on * plain * weights + (came + went) * long, (came + went) * long + went * plain * weights + summed - flight
-        )
-        return Exchange(name, max(self.received * (plain + row) * weights, flight), flight, landing, out, True)
+        onward = self.sent_on * plain * weights + (came + went) * long
+        landing = (came + went) * long + went * plain * weights + summed - flight
+        return Exchange(name, max(self.received * (plain + row) * weights, flight), flight, landing, out, True, onward)

@@ -47,6 +47,18 @@ class Share:
         apart = not any(both <= set(held_stages(self.placements, rank)) for rank in ranks)
         return tuple(ranks) if apart and self.pp_rank in ranks else ()
 
+    def replicas(self, config: Config, ep_rank: int) -> dict[str, list[int]]:
+        """Ranks of the job that hold the same dense weights; the same experts, as the rank at that place; an embedding of both ends."""
+        p = config.parallel
+        every = lambda places: [self.rank(config, pp, edp, ep) for pp in places for edp in range(p.edp) for ep in range(p.ep)]
+        experts = [self.rank(config, pp, edp, ep_rank) for pp in self.alike for edp in range(p.edp)]
+        return {"dense": every(self.alike), "expert": experts, "embedding": every(self.ends)}
+
+    @staticmethod
+    def rank(config: Config, pp_rank: int, edp_rank: int, ep_rank: int) -> int:
+        p = config.parallel
+        return (pp_rank * p.edp + edp_rank) * p.ep + ep_rank
+
     def micro_batches(self, stage: int, num: int, way: int) -> int:
         """Of a step's `num`, those that run through `stage` here in direction `way`, as `direction_of` deals them out."""
         ways = len(self.placements)

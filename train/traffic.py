@@ -89,8 +89,7 @@ class _Place:
     ep_rank: int
 
     def at(self, pp_rank: int, edp_rank: int, ep_rank: int) -> int:
-        p = self.config.parallel
-        return (pp_rank * p.edp + edp_rank) * p.ep + ep_rank
+        return Share.rank(self.config, pp_rank, edp_rank, ep_rank)
 
     @property
     def own(self) -> int:
@@ -220,13 +219,9 @@ def _add_pipeline(sent: Sent, config: Config, share: Share, place: _Place, num: 
 
 
 def _add_gradients(sent: Sent, config: Config, share: Share, place: _Place) -> None:
-    p, width = config.parallel, cost.ELEMENT_BYTES[config.precision.compute]
+    width = cost.ELEMENT_BYTES[config.precision.compute]
     summing = 2 if config.optim.engine == "deepspeed" else 1
-    groups = {
-        "dense": [place.at(pp, edp, ep) for pp in share.alike for edp in range(p.edp) for ep in range(p.ep)],
-        "expert": [place.at(pp, edp, place.ep_rank) for pp in share.alike for edp in range(p.edp)],
-        "embedding": [place.at(pp, edp, ep) for pp in share.ends for edp in range(p.edp) for ep in range(p.ep)],
-    }
+    groups = share.replicas(config, place.ep_rank)
     for group, numel, even in _buffers(config, share):
         ranks = groups[group]
         padded = even_cuts(numel, len(ranks))[-1] if even else numel

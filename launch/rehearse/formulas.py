@@ -28,7 +28,7 @@ def formulas(config: Config, rank: int, *, imbalance: float = 1.0) -> Formulas:
     pp_rank, edp_rank, ep_rank = rank // p.dp, rank // p.ep % p.edp, rank % p.ep
     share, routing = rank_share(config, pp_rank), Routing(config, ep_rank, imbalance)
     dense, experts = cost.rank_params(config.model, p, layers=share.layers, embedding=share.has_first, head=share.has_last)
-    memory = rank_memory(config, pp_rank, imbalance=imbalance)
+    memory = rank_memory(config, pp_rank, place=(edp_rank, ep_rank), imbalance=imbalance)
     parts = ("weights", "main_grads", "optimizer", "casts", "activations", "working", "exchange", "pipeline")
     sent = rank_traffic(config, pp_rank, edp_rank=edp_rank, ep_rank=ep_rank, rows=_rows(config, routing, share))
     return Formulas(

@@ -210,20 +210,27 @@ class WholeOptimizer(ShardedOptimizer):
 
 
 def all_cuts(buffers: Sequence[list[Spec]]) -> list[list[int]]:
-    """Borders (ranks + 1) of each buffer, given its specs. Ranks that share a group get the same, without asking each other.
+    """Borders (ranks + 1) of each buffer, given its specs. Ranks that share a group get the same, without asking each other."""
+    ranks = (dist.get_process_group_ranks(specs[0].group) for specs in buffers)
+    return range_cuts([(of, [(s.param.numel(), s.matrices) for s in specs]) for of, specs in zip(ranks, buffers)])
+
+
+def range_cuts(buffers: Sequence[tuple[list[int], list[tuple[int, Sequence[tuple[int, int]]]]]]) -> list[list[int]]:
+    """Borders (ranks + 1) of each buffer, given the ranks of its group, and elements and a unit's matrices of what is in it.
 
     What a rank has to do for one group counts in another that all of that group belong to (experts' replicas are among the dense
     weights' replicas): nobody can know more of the others. So large groups come first.
     """
     done: list[tuple[list[int], list[float]]] = []  # ranks of a group, what each has to do for it
     cuts: dict[int, list[int]] = {}
-    for i in sorted(range(len(buffers)), key=lambda i: -dist.get_world_size(buffers[i][0].group)):
-        specs, ranks = buffers[i], dist.get_process_group_ranks(buffers[i][0].group)
-        if not specs[0].matrices:
-            cuts[i] = even_cuts(sum(s.param.numel() for s in specs), len(ranks))
+    for i in sorted(range(len(buffers)), key=lambda i: -len(buffers[i][0])):
+        ranks, parts = buffers[i]
+        if not parts[0][1]:
+            cuts[i] = even_cuts(sum(numel for numel, _ in parts), len(ranks))
             continue
         load = [sum(work[theirs.index(r)] for theirs, work in done if set(ranks) <= set(theirs)) for r in ranks]
-        runs = [(s.param.numel() // s.unit, s.unit, orthogonal_cost(s.matrices)) for s in specs]
+        units = [sum(rows * columns for rows, columns in matrices) for _, matrices in parts]
+        runs = [(numel // unit, unit, orthogonal_cost(matrices)) for (numel, matrices), unit in zip(parts, units)]
         cuts[i], work = unit_cuts(runs, load)
         done.append((ranks, work))
     return [cuts[i] for i in range(len(buffers))]
