@@ -16,6 +16,7 @@ from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
 from .data.corpus import Corpus
 from .engine import Engine, StepResult, Watch, learning_rate
+from .signals import pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,11 @@ class PhaseRun:
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.phase.config.optim, step - self.phase.first_step, self.phase.num_steps)
 
-    def train(self, step: int, first_sample: int, *, stop: bool) -> StepResult:
-        """Step `step` of the run (0 is the first) on the stream's samples from `first_sample` on. `stop`: this rank was asked to."""
+    def train(self, step: int, first_sample: int, **signals: float) -> StepResult:
+        """Step `step` of the run (0 is the first) on the stream's samples from `first_sample` on. `signals`: see there."""
         batches = self._read(step, first_sample, self.phase.micro_batches(self.phase.batch_tokens(step)))
-        return self.engine.train_step(batches, self.learning_rate(step), flags=self._flags(stop))
+        flags = pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **signals)
+        return self.engine.train_step(batches, self.learning_rate(step), flags=flags)
 
     def _read(self, step: int, first_sample: int, num: int) -> list[MicroBatch]:
         """This rank's `num` micro-batches: number i of data-parallel rank r holds samples (i * dp + r) * B and on, so that any layout
@@ -89,13 +91,6 @@ class PhaseRun:
         rows, seq_len = rows_BW.to(self.device), self.phase.config.data.seq_len
         tokens = rows[:, :seq_len].clamp(min=0).contiguous()  # IGNORED, where it stands in a row, is no token
         return MicroBatch(tokens_BS=tokens, targets_BN=rows[:, 1:].contiguous(), counted=counted)
-
-    def _flags(self, stop: bool) -> Tensor:
-        """Summed with the step's counts: whether this rank was asked to stop, and each rank's peak memory in its own slot, bytes."""
-        flags = torch.zeros(1 + dist.get_world_size(), dtype=torch.float64)
-        flags[0] = float(stop)
-        flags[1 + dist.get_rank()] = peak_memory(self.device)
-        return flags
 
 
 def peak_memory(device: torch.device) -> int:

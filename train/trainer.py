@@ -29,6 +29,7 @@ from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
 from .resume import Progress, check_same_run, find_start, kept
 from .sentinel import Look
+from .signals import Heard, unpack
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 from .traces import Traces
 
@@ -238,6 +239,7 @@ class _Session:
             sentinel.wake(p.step)
         self.traces.begin(p.step + 1, self.part.engine.executor)
         result = self.part.train(p.step, p.sample, stop=self.stop())
+        heard = unpack(result.flags)
         look = sentinel.report(p.step) if sentinel else None
         for block in look.left_out if look else ():
             self.log(look.sentence(block, phase.config.precision.sentinel_max_error))
@@ -248,10 +250,10 @@ class _Session:
         seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
         traced = self.traces.finish(p.step, self.part.engine.executor)
         held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
-        return self._record(result, lr, seconds, held_out, look, traced), bool(result.flags[0] > 0)
+        return self._record(result, heard, lr, seconds, held_out, look, traced), heard.sums["stop"] > 0
 
     def _record(
-        self, result: StepResult, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None, traced: dict
+        self, result: StepResult, heard: Heard, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None, traced: dict
     ) -> StepRecord:
         sentinel = self.part.engine.sentinel
         c, p, loads = self.phase.config, self.progress, result.loads.tolist()
@@ -295,7 +297,7 @@ class _Session:
             fp8_sentinel=look.over_blocks() if look else None,
             fp8_left_out=sorted(sentinel.left_out) or None if sentinel else None,
             **traced,
-            memory_gb=result.flags[1:].max().item() / 1e9,
+            memory_gb=max(heard.each["memory"]) / 1e9,
             time_unix=time.time(),
             session=self.past.session,
         )

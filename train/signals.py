@@ -1,0 +1,39 @@
+"""What every rank tells all others in each step, beside what is counted: numbers in places of their own, in the step's one all-reduce."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUMS = ("stop", "save")  # over ranks: how many were asked to stop; whether it is time to save (the first rank's clock says)
+EACH = ("memory",)  # of each rank: its peak, bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """Alike on all ranks. `each[name][r]`: what rank r said."""
+
+    sums: dict[str, float]
+    each: dict[str, list[float]]
+
+
+def size(world_size: int) -> int:
+    """Numbers in all."""
+    return len(SUMS) + len(EACH) * world_size
+
+
+def pack(rank: int, world_size: int, **values: float) -> Tensor:
+    """(size,) FP64 to be added over ranks: exact for whole numbers up to 2 ** 53."""
+    flags = torch.zeros(size(world_size), dtype=torch.float64)
+    for i, name in enumerate(SUMS):
+        flags[i] = float(values.pop(name, 0))
+    for i, name in enumerate(EACH):
+        flags[len(SUMS) + i * world_size + rank] = float(values.pop(name, 0))
+    assert not values, f"no place for {', '.join(values)}"
+    return flags
+
+
+def unpack(flags: Tensor) -> Heard:
+    world_size = (len(flags) - len(SUMS)) // len(EACH)
+    each = flags[len(SUMS) :].view(len(EACH), world_size).tolist()
+    return Heard(sums=dict(zip(SUMS, flags.tolist())), each=dict(zip(EACH, each)))
