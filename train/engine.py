@@ -57,6 +57,29 @@ class StepResult:
     flags: Tensor  # sums over ranks of the caller's `flags`
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    losses: list[float]
+    tokens: int
+    router_sums: list[float]
+    flags: Tensor
+    loads: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Of one step, summed, scaled and not applied yet; all alike on all ranks but the gradients themselves, which are the optimizer's."""
+
+    loss: float
+    grad_norm: float
+    norm: Tensor
+    totals: _Totals
+
+    @property
+    def flags(self) -> Tensor:
+        return self.totals.flags
+
+
 class Watch:
     """Looks on at each step, and may decide which experts tokens go to, and by what way: for proofs. This one decides nothing."""
 
@@ -198,10 +221,16 @@ class Engine:
     # ------------------------------------------------------------ one step
 
     def train_step(self, batches: Sequence[MicroBatch], lr: float, flags: Tensor | None = None) -> StepResult:
-        """This data-parallel rank's micro-batches, as many on every rank. Collective.
+        """`gradients`, then `apply`. Raises FloatingPointError, on all ranks and before any weight changes, if their norm is not finite."""
+        found = self.gradients(batches, flags)
+        if not math.isfinite(found.grad_norm):
+            raise FloatingPointError(f"gradient norm is {found.grad_norm} (loss {found.loss}): no weight was changed")
+        return self.apply(found, lr)
 
-        `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts. Raises FloatingPointError, on all ranks and before any
-        weight changes, if the gradient norm is not finite.
+    def gradients(self, batches: Sequence[MicroBatch], flags: Tensor | None = None) -> Gradients:
+        """Of this data-parallel rank's micro-batches, as many on every rank. Collective; then `apply` or `discard`, on every rank.
+
+        `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts.
         """
         self._forget_casts()
         losses = self.executor.step(batches, done=self._reduce)
@@ -209,9 +238,15 @@ class Engine:
         totals = self._reduce_counts(losses, batches, flags)
         # Gradients are of sums over nominal_tokens; this makes them the mean over the tokens that the step really had.
         norm = self.optimizer.norm(self.nominal_tokens / totals.tokens)
-        grad_norm = self._value(norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm} (loss {totals.losses[0] / totals.tokens}): no weight was changed")
+        return Gradients(loss=totals.losses[0] / totals.tokens, grad_norm=self._value(norm), norm=norm, totals=totals)
+
+    def discard(self) -> None:
+        """Of gradients that will not be applied: as if they had never been made."""
+        self.optimizer.discard()
+
+    def apply(self, found: Gradients, lr: float) -> StepResult:
+        """The update, and what follows from what was counted. Collective."""
+        norm, totals, grad_norm = found.norm, found.totals, found.grad_norm
         self.watch.reduced(self, norm)
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
@@ -219,7 +254,7 @@ class Engine:
         self.placement.after_step(totals.loads, self.optimizer, self.mesh.dense)
         c, routed = self.config.optim, totals.tokens * max(1, self.config.model.num_moe_layers)
         result = StepResult(
-            loss=totals.losses[0] / totals.tokens,
+            loss=found.loss,
             mtp_losses=[loss / totals.tokens for loss in totals.losses[1:]],
             tokens=totals.tokens,
             grad_norm=grad_norm,
@@ -314,15 +349,6 @@ class Engine:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: param for _, name, param in named_weights(self.stages)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Totals:
-    losses: list[float]
-    tokens: int
-    router_sums: list[float]
-    flags: Tensor
-    loads: Tensor
 
 
 def _num_targets(batches: Sequence[MicroBatch], reads: HostReads) -> int:

@@ -110,7 +110,16 @@ class DeepSpeedOptimizer(ShardedOptimizer):
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._zero.step()
-        self._zero.zero_grad()
+        self._clear()
+
+    def _clear(self):
+        zero = self._zero
+        for kept in (zero.averaged_gradients, zero.all_grad_tensors):  # as its own step leaves them
+            kept.update(dict.fromkeys(kept))
+        if self.optim.offload:
+            zero.reset_cpu_buffers()
+        zero.micro_step_id = -1
+        zero.zero_grad()
         for grad in self.main_grad.values():
             grad.zero_()
 

@@ -148,6 +148,9 @@ class WholeOptimizer(ShardedOptimizer):
             self._advance(self._pieces, lr)
             self._cast()
         self._publish()
+        self._clear()
+
+    def _clear(self):
         for b in self._buffers:
             b.grads.zero_()
 
@@ -200,6 +203,13 @@ class WholeOptimizer(ShardedOptimizer):
             for key in ("master", "exp_avg", "exp_avg_sq")
             if getattr(p, key) is not None
         }
+
+    def on_host(self) -> list[Tensor]:
+        """What stays there under `optim.offload`, and what travels."""
+        if not self._link:
+            return []
+        state = [chunk.data for chunk in self._state().values()]
+        return state + [t for p in self._pieces for t in (p.grad_there, p.weights_there)]
 
     def _load(self):
         self._cast()

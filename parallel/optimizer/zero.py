@@ -120,6 +120,15 @@ class ShardedOptimizer(ABC):
         self._unreduced, self._scaled = self._stages, False
         return coefficient
 
+    @torch.no_grad()
+    def discard(self) -> None:
+        """In place of `step`, after `norm`: main gradients to zero, all else as it was."""
+        if not self._scaled:
+            raise RuntimeError(f"discard() before norm() in step {self.steps}: sums are still under way")
+        self._owned_grads()
+        self._clear()
+        self._unreduced, self._scaled = self._stages, False
+
     def gradients(self) -> dict[str, Chunk]:
         """Owned pieces of the reduced and scaled gradients by parameter, between `norm` and `step`. Some may be copies: read only."""
         if not self._scaled:
@@ -192,6 +201,10 @@ class ShardedOptimizer(ABC):
     @abstractmethod
     def _update(self, lr: float) -> None:
         """Step number `self.steps`: update owned masters, publish, zero the main gradients."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Zero the main gradients."""
 
     def _device(self) -> torch.device:
         return next(iter(self.specs.values())).param.device
