@@ -46,6 +46,7 @@ _NOT_NEGATIVE = [
     *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef mtp_weight"),
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
+    "launch.hang_s", "launch.max_restarts",
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
     "stack.host_us_per_step", "stack.peer_wait",
     *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),

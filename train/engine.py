@@ -38,6 +38,12 @@ from .sentinel import Sentinel
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
 
+Beat = Callable[..., None]  # (phase, step): this rank begins a phase of step `step` (1 is the first; left out: the same one still)
+
+
+def silent(phase: str, step: int | None = None) -> None:
+    """A `Beat` that nobody hears."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -80,6 +86,22 @@ class Gradients:
         return self.totals.flags
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blame:
+    """Of one rank: weights whose gradients are not finite, and micro-batches whose loss is not (known where they end)."""
+
+    weights: list[str]
+    micro_batches: list[int]
+
+    def sentence(self, samples: Sequence[Sequence[int]]) -> str:
+        """`samples`: of each micro-batch."""
+        layers = sorted({int(name.split(".")[1]) for name in self.weights if name.startswith("layers.")})
+        where = [f"gradients of {self.weights[0]}" + (f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else "")] if self.weights else []
+        where += [f"layers {layers[0]} to {layers[-1]}"] if len(layers) > 1 else []
+        where += [f"the loss of samples {', '.join(str(n) for i in self.micro_batches for n in samples[i])}"] if self.micro_batches else []
+        return "; ".join(where)
+
+
 class Watch:
     """Looks on at each step, and may decide which experts tokens go to, and by what way: for proofs. This one decides nothing."""
 
@@ -105,7 +127,7 @@ class Engine:
     """Collective to build: every rank of an initialised world makes one. Weights are those of `config.train.seed`.
 
     `mesh`: one of the same layout, to be used again; None makes one. `transport`: what token exchanges and pipeline transfers pass.
-    `reads`: what every value passes that the step reads on the host.
+    `reads`: what every value passes that the step reads on the host. `beat` is told where in its step this rank is.
     """
 
     def __init__(
@@ -116,9 +138,10 @@ class Engine:
         watch: Watch | None = None,
         transport: Transport = DIRECT,
         reads: HostReads | None = None,
+        beat: Beat = silent,
     ):
         self.config, self.device, self.watch, self.transport = config, torch.device(device), watch or Watch(), transport
-        self.reads = reads or HostReads()
+        self.reads, self.beat = reads or HostReads(), beat
         self.mesh = mesh or Mesh.create(
             config.parallel,
             dist.get_rank(),
@@ -232,8 +255,10 @@ class Engine:
 
         `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts.
         """
+        self.beat("forward and backward")
         self._forget_casts()
         losses = self.executor.step(batches, done=self._reduce)
+        self.beat("reduce")
         self.optimizer.reduce()  # what remains
         totals = self._reduce_counts(losses, batches, flags)
         # Gradients are of sums over nominal_tokens; this makes them the mean over the tokens that the step really had.
@@ -244,10 +269,24 @@ class Engine:
         """Of gradients that will not be applied: as if they had never been made."""
         self.optimizer.discard()
 
+    def blame(self, batches: Sequence[MicroBatch]) -> "Blame | None":
+        """What this rank's own gradients and losses of these micro-batches have that is not finite; nothing is summed over replicas."""
+        self._forget_casts()
+        self.executor.step(batches)
+        weights = [name for name, grad in self.optimizer.main_grad.items() if not grad.isfinite().all()]
+        losses = {i: loss.tolist() for i, loss in self.executor.losses.items()}
+        for stage in self.stages.values():
+            for stats in stage.stats.values():
+                stats.take()
+        self.discard()
+        bad = sorted(i for i, loss in losses.items() if not all(map(math.isfinite, loss)))
+        return Blame(weights=weights, micro_batches=bad) if weights or bad else None
+
     def apply(self, found: Gradients, lr: float) -> StepResult:
         """The update, and what follows from what was counted. Collective."""
         norm, totals, grad_norm = found.norm, found.totals, found.grad_norm
         self.watch.reduced(self, norm)
+        self.beat("update")
         coefficient = self.optimizer.step(norm, lr)
         self._update_biases(totals.loads)
         overload = rank_overload(totals.loads, self.config.parallel.ep, self.placement.expert_at)

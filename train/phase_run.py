@@ -7,6 +7,7 @@ import math
 import resource
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..conf.phases import Phase
 from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
 from .data.corpus import Corpus
-from .engine import Engine, StepResult, Watch, learning_rate
+from .engine import Beat, Engine, Gradients, StepResult, Watch, learning_rate, silent
 from .signals import pack
 
 
@@ -31,31 +32,54 @@ class Evaluation:
 class PhaseRun:
     """Collective to build, as `Engine` is. `mesh`: another phase's, where the layout is the same."""
 
-    def __init__(self, phase: Phase, corpus: Corpus, device: torch.device, *, mesh: Mesh | None = None, watch: Watch | None = None):
-        self.phase, self.corpus, self.device = phase, corpus, device
-        self.engine = Engine(phase.config, device, mesh, watch)
+    def __init__(
+        self,
+        phase: Phase,
+        corpus: Corpus,
+        device: torch.device,
+        *,
+        mesh: Mesh | None = None,
+        watch: Watch | None = None,
+        beat: Beat = silent,
+    ):
+        self.phase, self.corpus, self.device, self.beat = phase, corpus, device, beat
+        self.engine = Engine(phase.config, device, mesh, watch, beat=beat)
         self.dp_rank = self.engine.mesh.dp_rank
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.phase.config.optim, step - self.phase.first_step, self.phase.num_steps)
 
-    def train(self, step: int, first_sample: int, **signals: float) -> StepResult:
-        """Step `step` of the run (0 is the first) on the stream's samples from `first_sample` on. `signals`: see there."""
-        batches = self._read(step, first_sample, self.phase.micro_batches(self.phase.batch_tokens(step)))
+    def gradients(self, step: int, samples: np.ndarray, **signals: float) -> Gradients:
+        """Of step `step` of the run (0 is the first) on these samples of the stream, those of all ranks. `signals`: see there."""
+        self.beat("data", step + 1)
+        batches = self._read(step, samples)
         flags = pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **signals)
-        return self.engine.train_step(batches, self.learning_rate(step), flags=flags)
+        return self.engine.gradients(batches, flags)
 
-    def _read(self, step: int, first_sample: int, num: int) -> list[MicroBatch]:
-        """This rank's `num` micro-batches: number i of data-parallel rank r holds samples (i * dp + r) * B and on, so that any layout
+    def apply(self, step: int, found: Gradients) -> StepResult:
+        return self.engine.apply(found, self.learning_rate(step))
+
+    def blame(self, step: int, samples: np.ndarray) -> list[str]:
+        """Computed once more, and not summed over ranks: what is not finite, where, and of which samples. Collective; alike on all ranks."""
+        mine = self._mine(samples)
+        found = self.engine.blame(self._read(step, samples))
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, found.sentence(mine.tolist()) if found else None)
+        return [f"rank {rank}: {sentence}" for rank, sentence in enumerate(said) if sentence]
+
+    def _mine(self, samples: np.ndarray) -> np.ndarray:
+        """(micro-batches, sequences of each): micro-batch i of data-parallel rank r has samples (i * dp + r) * B and on, so that any layout
         reads the same set."""
         c = self.phase.config
-        size, dp = c.train.micro_batch_sequences, c.parallel.dp
-        starts = torch.arange(num) * (dp * size) + first_sample + self.dp_rank * size
-        indices = starts[:, None] + torch.arange(size)
-        rows = self.corpus.train(indices.flatten().numpy(), phase=self.phase.stream)
-        batches = [self._micro_batch(part) for part in rows.split(size)]
-        for batch, samples in zip(batches, indices.tolist()):
-            batch.choose = self.engine.watch.routing(step, samples)
+        return samples.reshape(-1, c.parallel.dp, c.train.micro_batch_sequences)[:, self.dp_rank]
+
+    def _read(self, step: int, samples: np.ndarray) -> list[MicroBatch]:
+        """This rank's micro-batches."""
+        indices = self._mine(samples)
+        rows = self.corpus.train(indices.flatten(), phase=self.phase.stream)
+        batches = [self._micro_batch(part) for part in rows.split(indices.shape[1])]
+        for batch, of_batch in zip(batches, indices.tolist()):
+            batch.choose = self.engine.watch.routing(step, of_batch)
         return batches
 
     def evaluate(self) -> Evaluation | None:
@@ -76,6 +100,7 @@ class PhaseRun:
         size, dp, num = c.train.micro_batch_sequences, c.parallel.dp, c.num_micro_batches
         sums = (0.0, 0, 0)
         for first in range(samples.start, samples.stop, dp * size * num):
+            self.beat("evaluation")
             batches = []
             for i in range(num):
                 start = first + (i * dp + self.dp_rank) * size

@@ -23,7 +23,7 @@ from ..parallel.optimizer.zero import Chunk, may_lack
 from . import cost, metrics, units
 from .checkpoint.checkpointer import Checkpointer, read_extra
 from .data.corpus import open_corpus
-from .engine import StepResult, Watch
+from .engine import Beat, StepResult, Watch, silent
 from .metrics import StepRecord, Summary
 from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
@@ -51,20 +51,28 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     log: Callable[[str], None] = print,
     watch: Watch | None = None,
+    beat: Beat = silent,
 ) -> Outcome:
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
-    Collective: every rank of an initialised world calls it. `log` is used on rank 0. Raises ConfigError, DataError, CheckpointError,
+    Collective: every rank of an initialised world calls it. `log` is used on rank 0; `beat` is told what this rank is at: start, data,
+    forward and backward, reduce, update, evaluation, checkpoint, end. Raises ConfigError, DataError, CheckpointError,
     FloatingPointError; whatever was saved before stays.
     """
-    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch).run()
+    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat).run()
 
 
 class _Session:
     def __init__(
-        self, config: Config, device: torch.device, stop: Callable[[], bool], log: Callable[[str], None], watch: Watch | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        stop: Callable[[], bool],
+        log: Callable[[str], None],
+        watch: Watch | None = None,
+        beat: Beat = silent,
     ):
-        self.config, self.device, self.stop, self.log, self.watch = config, device, stop, log, watch
+        self.config, self.device, self.stop, self.log, self.watch, self.beat = config, device, stop, log, watch, beat
         self.began = time.monotonic()
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
@@ -110,6 +118,7 @@ class _Session:
 
     def _enter(self, phase: Phase, start: Path | None) -> None:
         """Make this rank's part of a phase, with the state of the checkpoint `start`."""
+        self.beat("start")
         c = phase.config
         if c.parallel.world_size != dist.get_world_size():
             rule = f"phase {phase.name} is next, of {c.parallel.world_size} ranks; {dist.get_world_size()} were started"
@@ -125,7 +134,7 @@ class _Session:
             self.part = None  # its weights go before the next are made
             gc.collect()  # stages and their phases hold one another
         corpus = open_corpus(c.data, vocab_size=c.model.vocab_size, seed=c.train.seed, extra=c.model.mtp_depth, log=self.log)
-        self.part = PhaseRun(phase, corpus, self.device, mesh=mesh, watch=self.watch)
+        self.part = PhaseRun(phase, corpus, self.device, mesh=mesh, watch=self.watch, beat=self.beat)
         if start is not None:
             self._load(start)
         self.part.engine.watch.begun(self.part.engine)
@@ -150,6 +159,7 @@ class _Session:
         self.progress = Progress(**extra["progress"])
 
     def _save(self) -> None:
+        self.beat("checkpoint")
         rng = torch.get_rng_state()
         chunks = self.part.engine.chunks(saving=True) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         extra = {
@@ -208,7 +218,9 @@ class _Session:
                     saved = self.progress.step
                 if over and self.progress.step < last and not stopping:
                     wants = self._go_on()
+            self.beat("checkpoint")
             self.checkpointer.wait()
+            self.beat("end")
         finally:
             sinks.close()
         assert saved == self.progress.step
