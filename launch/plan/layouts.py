@@ -1,13 +1,15 @@
 """The layouts that a number of GPUs allows: meshes x schedules x dispatchers x micro-batches x splits of the layers, as words."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ...conf.errors import divisors
+from ...conf.errors import ConfigError, divisors
 from ...conf.rules import replaced
 from ...conf.schema import ClusterConfig, Config, ParallelConfig
 from ...parallel.schedule import SCHEDULES, share_layers
 from ...parallel.schedule.stages import stages_text
+from ...train.rank_share import stage_layers
 from ..simulate.rates import Rates
 from ..simulate.stage import Compute, Load, stages
 
@@ -78,7 +80,7 @@ def candidates(config: Config, gpus: int, fixed: frozenset[str]) -> Iterator[Lay
     usual = {key: asked[key] for key in fixed & asked.keys()}
     for pp in (pp for pp in divisors(gpus) if pp <= m.num_layers and usual.get("parallel.pp", pp) == pp):
         for ep in divisors(gpus // pp) if m.num_moe_layers else [1]:
-            if m.num_moe_layers and m.num_experts % ep:
+            if (m.num_moe_layers and m.num_experts % ep) or usual.get("parallel.ep", ep) != ep:
                 continue
             for layout in _of_mesh(config, pp, gpus // (pp * ep), ep, splits):
                 layout = replace(layout, recompute=tuple(usual.get("train.recompute", ())))
@@ -95,7 +97,7 @@ def _of_mesh(config: Config, pp: int, edp: int, ep: int, splits: "_Splits") -> I
             if pp * chunks > config.model.num_layers:
                 continue
             for dispatcher in _dispatchers(config, ep):
-                for split in dict.fromkeys(("", splits.by_time(pp, schedule, chunks), config.parallel.stages)):
+                for split in splits.of(pp, schedule, chunks):
                     yield Layout(
                         pp=pp, edp=edp, ep=ep, schedule=schedule, chunks=chunks, dispatcher=dispatcher, sequences=sequences, stages=split
                     )
@@ -119,26 +121,44 @@ def _dispatchers(config: Config, ep: int) -> list[str]:
 
 
 class _Splits:
-    """Layers shared out by how long they take on `REFERENCE`, head, embedding and multi-token prediction included."""
+    """Layers shared out by FLOPs (no words: the trainer's own way), by how long they take on `REFERENCE`, head, embedding and multi-token
+    prediction included, and as the user has it."""
 
     def __init__(self, config: Config):
-        m = config.model
+        m, self.config = config.model, config
         alone = replaced(Layout(pp=1, edp=1, ep=1).apply(config), "cluster", REFERENCE)
         rates = Rates(cluster=REFERENCE, linear=config.precision.products, plain=config.precision.compute)
         (steps,) = stages(alone, rates, Load(), [range(m.num_blocks)])
         timed = [(step.name, sum(step.of(when, True).seconds for when in "FBW")) for step in steps if isinstance(step, Compute)]
-        phases = [seconds for name, seconds in timed if name in ("attention", "experts")]
+        phases = [seconds for name, seconds in timed if name in ("attention", "experts", "mlp")]
         blocks = [sum(phases[2 * i : 2 * i + 2]) for i in range(m.num_blocks)]
         ends = lambda *names: sum(seconds for name, seconds in timed if name in names)
         self.layers, self.first = blocks[: m.num_layers], ends("embed")
         self.last = ends("head", "predict") + sum(blocks[m.num_layers :])
-        self.made: dict[tuple[int, str, int], str] = {}
+        self.made: dict[tuple[int, str, int], list[str]] = {}
 
-    def by_time(self, pp: int, schedule: str, chunks: int) -> str:
-        """As `parallel.stages` wants it; empty where there is nothing to share out."""
+    def of(self, pp: int, schedule: str, chunks: int) -> list[str]:
+        """As `parallel.stages` wants them; no two that are alike."""
         key = pp, schedule, chunks
         if key not in self.made:
-            p = ParallelConfig(pp=pp, schedule=schedule, chunks=chunks)
-            parts = share_layers(p, self.layers, first=self.first, last=self.last) if pp * chunks > 1 else []
-            self.made[key] = stages_text(list(map(len, parts)))
+            asked = self.config.parallel.stages
+            found: dict[tuple[range, ...], str] = {}
+            for words in dict.fromkeys(("", self._by_time(*key), asked)):
+                p = replace(self.config.parallel, pp=pp, schedule=schedule, chunks=chunks, stages=words)
+                try:
+                    found.setdefault(stage_layers(replace(self.config, parallel=p)), words)
+                except ConfigError:  # the user's, of another number of stages
+                    continue
+                if words == asked:  # however it says it
+                    found[stage_layers(replace(self.config, parallel=p))] = words
+            self.made[key] = list(found.values())
         return self.made[key]
+
+    def _by_time(self, pp: int, schedule: str, chunks: int) -> str:
+        return _shared_out(schedule, pp, chunks, tuple(self.layers), self.first, self.last) if pp * chunks > 1 else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared_out(schedule: str, pp: int, chunks: int, layers: tuple[float, ...], first: float, last: float) -> str:
+    parts = share_layers(ParallelConfig(pp=pp, schedule=schedule, chunks=chunks), layers, first=first, last=last)
+    return stages_text(list(map(len, parts)))

@@ -11,11 +11,14 @@ from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...train import cost
 from ...train.metrics import StepRecord, replace_file, to_plain
-from ..simulate import Interval, RunEstimate, StepEstimate, project_run, project_step
+from ..simulate import Interval, RunEstimate, StepEstimate, in_all, project_run, project_step
 from .layouts import Layout
-from .search import Priced
+from .phases import PhasePlan, price_phases, with_layout
+from .request import Asked
+from .search import fullest_rank
 
 FORMAT = "shoestring plan 1"
+IMBALANCES = (1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,9 @@ class Plan:
     run: RunEstimate
     memory_gb: Mapping[float, float]
     peak_at: str
+    main: str  # phase that `config`, `step` and speeds are of
+    phases: tuple[PhasePlan, ...]  # of a run that has several, or a batch that grows; `run` is their sum
+    notes: tuple[str, ...]
 
     def to_plain(self) -> dict[str, Any]:
         run, step, c = self.run, self.step, self.config
@@ -52,6 +58,9 @@ class Plan:
             "days_interval": _pair(run.days),
             "kwh": run.kwh.likely,
             "effective_time": run.effective,
+            "gpu_hours_total": run.gpu_hours.likely,
+            "main_phase": self.main,
+            "phases": [phase.to_plain() for phase in self.phases],
             "mfu_causal": run.mfu.likely if run.mfu else None,
             "mfu_non_causal": run.mfu_full.likely if run.mfu_full else None,
             "peak_tflops": c.cluster.peak_tflops.get(c.precision.products),
@@ -86,13 +95,31 @@ def _pair(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
 
 
-def planned(priced: Priced, tokens: float, words: Sequence[str], memory_gb: Mapping[float, float], peak_at: str) -> Plan:
-    """With all terms, where the search had the ideal step alone."""
-    step = project_step(priced.config)
+def planned(asked: Asked, layout: Layout, config: Config) -> Plan:
+    """With all terms, where a search had the ideal step alone; and with all phases. `config`: of the main one. Raises ConfigError."""
+    phases = price_phases(_stretches(asked, layout, config), adapt=asked.request.search)
+    main = next((phase for phase in phases if phase.name == asked.main), None)
+    step = main.step if main else project_step(config)
+    fullest = {imbalance: fullest_rank(config, imbalance) for imbalance in IMBALANCES}
     return Plan(
-        layout=priced.layout, config=priced.config, words=tuple(words), step=step, run=project_run(priced.config, step, tokens),
-        memory_gb=memory_gb, peak_at=peak_at,
-    )  # fmt: skip
+        layout=layout,
+        config=config,
+        words=(*asked.words_of(layout, config), *(word for phase in phases for word in phase.words)),
+        step=step,
+        run=in_all([phase.run for phase in phases], main.run) if main else project_run(config, step, asked.tokens),
+        memory_gb={imbalance: found.total / 1e9 for imbalance, found in fullest.items()},
+        peak_at=fullest[1.0].peak_at,
+        main=asked.main,
+        phases=tuple(phases),
+        notes=tuple(f"phase {phase.name}: {note}" for phase in phases for note in phase.notes),
+    )
+
+
+def _stretches(asked: Asked, layout: Layout, config: Config) -> dict[str, Config]:
+    """None where all steps are alike."""
+    if len(asked.phases) > 1:
+        return {phase.name: with_layout(asked.run, phase.config, layout) for phase in asked.phases}
+    return {asked.main: config} if asked.phases and config.train.ramp.tokens else {}
 
 
 def write(path: Path, plans: Sequence[Plan], request: Mapping[str, Any], notes: Sequence[str]) -> None:

@@ -74,10 +74,16 @@ def _cuts(n: int, num_stages: int, cost_of: CostOf) -> list[int]:
     # best[b]: (dearest stage, cut points) of the first b layers over the stages so far; ties keep earlier stages shorter
     best = {b: (cost_of(0, 0, b), [0, b]) for b in range(1, n - num_stages + 2)}
     for stage in range(1, num_stages):
-        best = {
-            b: min(((max(worst, cost_of(stage, a, b)), [*cuts, b]) for a, (worst, cuts) in best.items() if a < b), key=lambda t: t[0])
-            for b in range(stage + 1, n - (num_stages - 1 - stage) + 1)
-        }
+        longer = {}
+        for b in range(stage + 1, n - (num_stages - 1 - stage) + 1):
+            least, at = math.inf, 0
+            for a in range(b - 1, stage - 1, -1):  # the stage grows
+                if (own := cost_of(stage, a, b)) > least:
+                    break
+                if (dearest := max(best[a][0], own)) <= least:
+                    least, at = dearest, a
+            longer[b] = least, [*best[at][1], b]
+        best = longer
     return best[n][1]
 
 
@@ -91,11 +97,11 @@ def _mirrored_cuts(n: int, num_stages: int, cost_of: CostOf, limit: float) -> li
             for a in range(a0 + 1, b0 - inner):
                 if (front := cost_of(stage, a0, a)) > limit:
                     break
-                for b in range(b0 - 1, a + inner - 1, -1):
+                for b in range(b0 - 1, a + inner - 1, -1) if inner else (a,):  # the two in the middle meet
                     if (back := cost_of(num_stages - 1 - stage, b, b0)) > limit:
                         break
                     dearest = max(worst, front + back)
-                    if (inner or a == b) and dearest < grown.get((a, b), (math.inf,))[0]:
+                    if dearest < grown.get((a, b), (math.inf,))[0]:
                         grown[a, b] = dearest, [*fronts, a], [b, *backs]
         best = grown
     _, fronts, backs = min(best.values(), key=lambda found: found[0])

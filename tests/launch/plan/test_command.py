@@ -11,7 +11,8 @@ from shoestring.conf.compose import load
 from shoestring.conf.errors import ConfigError
 from shoestring.conf.rules import get, replaced
 from shoestring.launch import exit_codes
-from shoestring.launch.plan.command import compose, main, parse
+from shoestring.launch.plan.command import main
+from shoestring.launch.plan.request import ask, parse
 from shoestring.launch.plan.layouts import Layout, candidates
 from shoestring.launch.plan.plans import launch_words
 from shoestring.launch.plan.search import search
@@ -107,7 +108,7 @@ def test_any_size(capsys):
 
 
 def test_every_candidate_is_a_layout_of_that_size():
-    config, _ = compose(parse(f"{SMALL} gpus=32".split()))
+    config = ask(parse(f"{SMALL} gpus=32".split())).config
     made = list(candidates(config, 32, frozenset()))
     assert len(set(made)) == len(made) > 50
     for layout in made[:: max(1, len(made) // 60)]:
@@ -121,7 +122,7 @@ def test_every_candidate_is_a_layout_of_that_size():
 @settings(max_examples=3, deadline=None)
 @given(name=st.sampled_from(["memory_gb", "memory_tb_s", "intra_node_gb_s", "inter_node_gb_s", "peak_tflops"]), factor=st.floats(1.0, 4.0))
 def test_a_better_cluster_is_never_slower(name, factor):
-    config, _ = compose(parse(f"{SMALL} model.num_layers=4 cluster.memory_gb=20 gpus=8".split()))
+    config = ask(parse(f"{SMALL} model.num_layers=4 cluster.memory_gb=20 gpus=8".split())).config
     value = get(config, f"cluster.{name}")
     better = {k: v * factor for k, v in value.items()} if isinstance(value, dict) else value * factor
     best = lambda c: search(c, 8, keep=1, most=10_000).best[0].step.ideal
@@ -129,7 +130,7 @@ def test_a_better_cluster_is_never_slower(name, factor):
 
 
 def test_the_search_finds_what_trying_all_finds():
-    config, _ = compose(parse(f"{SMALL} model.num_layers=4 gpus=8 train.recompute=[norm]".split()))
+    config = ask(parse(f"{SMALL} model.num_layers=4 gpus=8 train.recompute=[norm]".split())).config
     fixed = frozenset({"train.recompute"})
     found, every = search(config, 8, fixed=fixed, keep=1), search(config, 8, fixed=fixed, keep=10_000, most=10_000)
     assert found.simulated < every.simulated and found.best[0].step.ideal == every.best[0].step.ideal
