@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...train import cost, units
-from .command import Request, priced_exactly
+from .command import priced_exactly
 from .plans import Plan
+from .request import Request
 
 CHANGE = 0.01  # of a price, that needs no new record
 FIGURES = ("dollars_total", "days", "tokens_per_second_per_gpu", "gpu_hours_per_trillion_tokens", "memory_gb_peak")
@@ -46,7 +47,7 @@ RUNGS = (
     Rung(
         experiment="deepseek_v3",
         words=(*_V3, "stack=deepseek_v3"),
-        what="the same with DeepSeek's software (DeepEP), and its context extensions at the main phases' speed",
+        what="the same with DeepSeek's software (DeepEP), phase by phase: a growing batch, and context extensions in layouts of ours",
     ),
     Rung(experiment="dense_405b", what="a dense model of Llama 3 405B's size: what a token costs where every parameter is active"),
 )
