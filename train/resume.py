@@ -7,7 +7,8 @@ from typing import Any
 
 from ..conf.phases import Phase, phases
 from ..conf.schema import Config, ConfigError
-from .checkpoint.checkpointer import find_latest, read_extra
+from .checkpoint.checkpointer import read_extra
+from .checkpoint.folder import find_latest
 from .data.corpus import Corpus
 from .metrics import layout_name
 

@@ -10,7 +10,8 @@ from shoestring.parallel.optimizer import deepspeed_zero
 from shoestring.parallel.phases import MicroBatch
 from shoestring.parallel.relocate import Placement
 from shoestring.train import trainer
-from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
+from shoestring.train.checkpoint.checkpointer import read_extra
+from shoestring.train.checkpoint.folder import find_latest
 from shoestring.train.engine import Engine
 from shoestring.train.metrics import read_records
 

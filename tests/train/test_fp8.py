@@ -10,7 +10,8 @@ from shoestring.kernels.fp8_weights import Fp8Weight
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel.phases import MicroBatch
 from shoestring.train import cost, trainer
-from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
+from shoestring.train.checkpoint.checkpointer import read_extra
+from shoestring.train.checkpoint.folder import find_latest
 from shoestring.train.engine import Engine, Watch
 from shoestring.train.interop.hf import export
 from shoestring.train.interop.hf_format import pieces

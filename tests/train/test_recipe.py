@@ -14,7 +14,8 @@ from shoestring.conf.schema import RampConfig, TrainConfig
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.launch.validate import validate
 from shoestring.train import resume, trainer
-from shoestring.train.checkpoint.checkpointer import find_latest, read_extra
+from shoestring.train.checkpoint.checkpointer import read_extra
+from shoestring.train.checkpoint.folder import find_latest
 from shoestring.train.metrics import read_records
 
 SMALL = [
@@ -22,6 +23,7 @@ SMALL = [
     "model.expert_hidden_dim=24", "model.num_heads=2", "model.kv_lora_rank=16", "model.q_lora_rank=16", "train.eval_interval=10",
     "checkpoint.interval=7", "optim.ema_decay=0.9",
     "phases.constant.train.tokens=40960", "phases.cosine.train.tokens=32768",  # a third of their steps: there is nothing new in the others
+    "parallel.ep=1", "phases.extend_32x.parallel.pp=1", "phases.extend_32x.parallel.ep=2", "train.micro_batch_sequences=8",  # two processes
 ]  # fmt: skip
 
 #   phase              batch, tokens   sequence  MTP   bias speed
@@ -63,7 +65,7 @@ def session(overrides, die_at=None):
 
 @pytest.fixture(scope="module")
 def whole(words):
-    fork_ranks(4, session, words("whole"))
+    fork_ranks(2, session, words("whole"))
     return read_records(f"{load(words('whole')).run_dir}/metrics.jsonl")
 
 
@@ -83,7 +85,7 @@ def test_every_step_is_as_the_table_says(whole, words):
     assert {r.step for r in whole if r.eval_loss is not None} == {*ends, *range(10, len(rows) + 1, 10)}
     assert whole[-1].loss < whole[0].loss
     last = read_extra(find_latest(trainer.Path(load(words("whole")).run_dir) / "checkpoints"))
-    assert last["model"]["yarn"]["factor"] == 40 and last["model"]["max_seq_len"] == 2560 and last["layout"].startswith("pp 4 x")
+    assert last["model"]["yarn"]["factor"] == 40 and last["model"]["max_seq_len"] == 2560 and last["layout"].startswith("pp 1 x")
     assert (last["progress"]["stream"], last["progress"]["sample"]) == (2, 4 * 4096 // 2048), "a new stream begins with its first sample"
 
 
@@ -101,22 +103,22 @@ def test_killed_in_every_phase(words, whole):
     for target in (9, 27, 36, 42, 45, 50, 54):
         done = resume.steps_done(load(run))
         with pytest.raises(RankFailed, match="exit code 9"):
-            fork_ranks(4, session, run, target - done)
+            fork_ranks(2, session, run, target - done)
     assert resume.steps_done(load(run)) < 54
-    fork_ranks(4, session, run)
+    fork_ranks(2, session, run)
     assert curve(read_records(f"{load(run).run_dir}/metrics.jsonl")) == curve(whole)
 
 
 def test_what_is_past_cannot_be_changed(words, whole):
     run = [*words("whole"), "phases.ramp.train.tokens=81920"]
     with pytest.raises(RankFailed, match="phases that are past cannot be changed"):
-        fork_ranks(4, session, run)
+        fork_ranks(2, session, run)
 
 
 def test_another_number_of_processes(words):
     """A session ends where the next phase wants more ranks than it has; another one goes on from there."""
-    run = [*words("grows"), "parallel.pp=1", "phases.constant.parallel.pp=2", "train.stop_after=23"]
-    (first, *_) = fork_ranks(2, session, run)
+    run = [*words("grows"), "parallel.pp=1", "parallel.ep=2", "train.micro_batch_sequences=4", "phases.constant.parallel.pp=2"]
+    (first, *_) = fork_ranks(2, session, [*run, "train.stop_after=23"])
     assert (first.step, first.wants, first.stopped) == (21, 4, False)
     with pytest.raises(RankFailed, match="phase constant is next, of 4 ranks; 2 were started"):
         fork_ranks(2, session, run)

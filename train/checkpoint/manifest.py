@@ -4,14 +4,17 @@ It is the last file written. The hashes protect against damage; against somebody
 unpickler does: `.metadata` is a pickle, and torch's own reader would run whatever program is planted in it.
 """
 
+import errno
 import hashlib
 import io
 import json
-import os
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .files import digest, forget_cache, write_durably
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -21,69 +24,92 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or must not be loaded; the message says which file and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written. Not: one that is whole, and another model's.
+
+    `who` found it: such as "rank 3: ". A program that can go on from another checkpoint may catch this, and nothing wider.
+    """
+
+    def __init__(self, checkpoint: Path, file: str, what: str, *, who: str = "", advice: str = ""):
+        self.checkpoint, self.file, self.what, self.who, self.advice = Path(checkpoint), file, what, who, advice
+        super().__init__(f"{who}{self.checkpoint / file} {what}{advice}")
+
+    def __reduce__(self):
+        return _damaged, (self.checkpoint, self.file, self.what, self.who, self.advice)
+
+    def said(self, *, who: str = "", advice: str = "") -> "DamagedError":
+        """The same, with who found it, or what to do."""
+        return DamagedError(self.checkpoint, self.file, self.what, who=who or self.who, advice=advice or self.advice)
+
+
+def _damaged(checkpoint: Path, file: str, what: str, who: str, advice: str) -> DamagedError:
+    return DamagedError(checkpoint, file, what, who=who, advice=advice)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     sha256: dict[str, str]  # file name -> hex digest
+    num_bytes: dict[str, int]  # likewise; empty in older checkpoints
     extra: dict[str, Any]
 
 
-def write_manifest(folder: Path, sha256: dict[str, str], extra: dict[str, Any]) -> None:
-    body = json.loads(json.dumps({"format": FORMAT, "sha256": sha256, "extra": extra}))  # as it will be read: keys are strings
+def write_manifest(folder: Path, sha256: dict[str, str], extra: dict[str, Any], num_bytes: dict[str, int] | None = None) -> None:
+    """Raises DamagedError where what is read back is not what was written."""
+    body = {"format": FORMAT, "sha256": sha256, "bytes": num_bytes or {}, "extra": extra}
+    body = json.loads(json.dumps(body))  # as it will be read: keys are strings
     write_durably(folder / MANIFEST, json.dumps(body | {"seal": _seal(body)}, indent=1))
+    forget_cache(folder / MANIFEST)
+    read_manifest(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, itself undamaged. Raises CheckpointError where there is none, or not the one that was written."""
+    """The manifest, itself undamaged. Raises DamagedError where there is none, or not the one that was written, and CheckpointError where
+    it cannot be read or is another version's."""
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
         seal, version = body.pop("seal"), body["format"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}; resume from another one") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}): resume from another checkpoint") from None
+        raise DamagedError(folder, MANIFEST, f"is damaged ({error})") from None
+    except OSError as error:
+        raise _unreadable(folder, MANIFEST, error) from None
     if seal != _seal(body):
-        raise CheckpointError(f"{folder / MANIFEST} is damaged (its own checksum does not match): resume from another checkpoint")
+        raise DamagedError(folder, MANIFEST, "is damaged (its own checksum does not match)")
     if version != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST} has format {version}, this version of shoestring reads {FORMAT}")
-    return Manifest(sha256=body["sha256"], extra=body["extra"])
+    return Manifest(sha256=body["sha256"], num_bytes=body.get("bytes", {}), extra=body["extra"])
 
 
 def verify(folder: Path, file: str, manifest: Manifest) -> None:
-    """Raises CheckpointError unless `file` is in the folder, bit for bit as the manifest says."""
+    """Raises DamagedError unless `file` is in the folder, bit for bit as the manifest says."""
     wanted = manifest.sha256.get(file)
     if Path(file).name != file or wanted is None:
-        raise CheckpointError(f"{folder}: .metadata names a file {file!r} that {MANIFEST} does not: resume from another checkpoint")
+        raise CheckpointError(f"{folder}: .metadata names a file {file!r} that {MANIFEST} does not: do not load it")
     try:
+        size = (folder / file).stat().st_size
+        if size != (written := manifest.num_bytes.get(file, size)):
+            raise DamagedError(folder, file, f"is damaged (it has {size:,} bytes, {written:,} were written)")
         found = digest(folder / file)
     except OSError as error:
-        raise CheckpointError(f"{folder / file} cannot be read ({error}): resume from another checkpoint") from None
+        raise _unreadable(folder, file, error) from None
     if found != wanted:
-        raise CheckpointError(f"{folder / file} is damaged (its SHA-256 is not the one in {MANIFEST}): resume from another checkpoint")
+        raise DamagedError(folder, file, f"is damaged (its SHA-256 is not the one in {MANIFEST})")
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
+def verify_all(folder: Path, files: Iterable[str] | None = None) -> Manifest:
+    """Every file (or those of `files` that the manifest names). Raises as `read_manifest` and `verify` do."""
+    manifest = read_manifest(folder)
+    for file in sorted(set(manifest.sha256).intersection(manifest.sha256 if files is None else files)):
+        verify(folder, file, manifest)
+    return manifest
 
 
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_folder(path: Path) -> None:
-    """The folder's entries (names, renames) to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _unreadable(folder: Path, file: str, error: OSError) -> CheckpointError:
+    """A file that is gone, or that the disk cannot give, is damage. One that may be there for somebody else, or later, is not."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(folder, file, "is missing: it was removed, or a copy was cut short")
+    if error.errno == errno.EIO:
+        return DamagedError(folder, file, f"cannot be read ({error.strerror})")
+    return CheckpointError(f"{folder / file} cannot be read ({error.strerror}): are its file system and its permissions as they were?")
 
 
 def unpickle_metadata(data: bytes) -> Any:

@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -15,12 +16,14 @@ from typing import BinaryIO
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from .manifest import CheckpointError, digest, flush_folder, read_manifest, unpickle_metadata, verify, write_manifest
+from .files import HashedFile, digest, flush_folder, forget_cache
+from .manifest import CheckpointError, DamagedError, read_manifest, unpickle_metadata, verify, write_manifest
 
 METADATA = ".metadata"
 
@@ -103,15 +106,34 @@ class ChunkLoadPlanner(dcp.DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class _HashedResult(WriteResult):
-    sha256: str  # of the file that holds this item
+    sha256: str  # of the file that holds this item, as it was written
+    num_bytes: int
+
+
+class _HashingFiles(FileSystem):
+    """Where DCP gets its streams from. `written`: of every file, its name: (SHA-256, bytes), as they went to the system."""
+
+    def __init__(self):
+        self.written: dict[str, tuple[str, int]] = {}
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        assert mode == "wb", f"{path}: only written here"
+        with HashedFile(path) as file:
+            yield file
+        self.written[Path(path).name] = file.sha256, file.num_bytes
 
 
 class HashedWriter(dcp.FileSystemWriter):
-    """Each rank hashes the file it wrote; the coordinator writes the manifest last, then calls `commit`."""
+    """Each rank hashes what it writes, flushes it and reads it back; the coordinator writes the manifest last, then calls `commit`.
+
+    DamagedError where the disk gives back something else.
+    """
 
     def __init__(self, path: Path, extra: dict, *, prepare: Callable[[], None], commit: Callable[[], None]):
-        super().__init__(path, overwrite=False)
+        super().__init__(path, overwrite=False, sync_files=True)
         self._extra, self._prepare, self._commit = extra, prepare, commit
+        self.fs = _HashingFiles()
 
     def storage_meta(self):
         return StorageMeta(save_id=self.save_id)  # DCP's own would hold the absolute path
@@ -125,26 +147,36 @@ class HashedWriter(dcp.FileSystemWriter):
 
     def write_data(self, plan, planner):
         written = super().write_data(plan, planner)
-        hashes = {r.storage_data.relative_path: "" for r in written.wait()}
-        for file in hashes:
-            hashes[file] = digest(Path(self.path, file))
+        results = written.wait()
+        for file in {r.storage_data.relative_path for r in results}:
+            self._read_back(file)
         hashed: torch.futures.Future = torch.futures.Future()
-        hashed.set_result([_hashed(r, hashes[r.storage_data.relative_path]) for r in written.value()])
+        hashed.set_result([_hashed(r, *self.fs.written[r.storage_data.relative_path]) for r in results])
         return hashed
 
     def finish(self, metadata, results):
         super().finish(metadata, results)
         folder = Path(self.path)
-        hashes = {r.storage_data.relative_path: r.sha256 for rank in results for r in rank}
-        write_manifest(folder, hashes | {METADATA: digest(folder / METADATA)}, self._extra)
+        self.fs.written[METADATA] = self.fs.written.pop(METADATA + ".tmp")  # DCP has renamed it
+        self._read_back(METADATA)
+        files = {r.storage_data.relative_path: (r.sha256, r.num_bytes) for rank in results for r in rank}
+        files[METADATA] = self.fs.written[METADATA]
+        hashes, sizes = ({file: wrote[i] for file, wrote in files.items()} for i in (0, 1))
+        write_manifest(folder, hashes, self._extra, sizes)
         flush_folder(folder)
         self._commit()
+
+    def _read_back(self, file: str) -> None:
+        path = Path(self.path, file)
+        forget_cache(path)
+        if digest(path) != self.fs.written[file][0]:
+            raise DamagedError(path.parent, file, "reads back other than it was written: the disk, or what is before it, is failing")
 
 
 class VerifiedReader(dcp.FileSystemReader):
     """Verifies `.metadata` before unpickling it (restricted), and each data file once, before any is read from.
 
-    Raises CheckpointError here and in `prepare_local_plan`; so with DCP no rank has copied anything when another refuses.
+    Raises DamagedError here and in `prepare_local_plan`; so with DCP no rank has copied anything when another refuses.
     """
 
     def __init__(self, path: Path):
@@ -215,8 +247,8 @@ def write_item(name, chunk) -> WriteItem:
     return WriteItem(MetadataIndex(name, (chunk.offset,)), WriteItemType.SHARD, tensor_data=data)
 
 
-def _hashed(result: WriteResult, sha256: str) -> _HashedResult:
-    return _HashedResult(**{f.name: getattr(result, f.name) for f in fields(WriteResult)}, sha256=sha256)
+def _hashed(result: WriteResult, sha256: str, num_bytes: int) -> _HashedResult:
+    return _HashedResult(**{f.name: getattr(result, f.name) for f in fields(WriteResult)}, sha256=sha256, num_bytes=num_bytes)
 
 
 def _check_cover(name: str, numel: int, ranges: Iterable[tuple[int, int]], *, once: bool) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...conf.schema import ModelConfig, YarnConfig
 from ...parallel.optimizer.zero import Chunk
-from ..checkpoint.checkpointer import Archive, commit, find_latest
+from ..checkpoint.checkpointer import Archive
+from ..checkpoint.folder import NAME, commit, find_latest
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
 from .hf_files import give_back
@@ -61,7 +62,7 @@ class CheckpointWeights:
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
     """(checkpoint, run directory) of a run directory, its folder `checkpoints`, or a checkpoint in that. HFError if there is none."""
-    if (source / MANIFEST).is_file():
+    if (source / MANIFEST).is_file() or (source.is_dir() and NAME.fullmatch(source.name)):
         return source, source.resolve().parent.parent
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     found = find_latest(folder)

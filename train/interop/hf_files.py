@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...conf.schema import ModelConfig
-from ..checkpoint.manifest import flush_folder
+from ..checkpoint.files import flush_folder
 from .hf_format import BLOCK, HFError, Piece, pieces
 from .hf_fp8 import SIDE, dequantise, grid
 

@@ -20,10 +20,11 @@ from shoestring.launch.local import fork_ranks
 from shoestring.parallel.optimizer import deepspeed_zero
 from shoestring.parallel.optimizer.make import make_optimizer
 from shoestring.parallel.optimizer.zero import Chunk, Spec, may_lack
-from shoestring.train.checkpoint import checkpointer as checkpoint_module
+from shoestring.train.checkpoint import folder as folder_module
 from shoestring.train.checkpoint import manifest as manifest_module
-from shoestring.train.checkpoint.checkpointer import Archive, Checkpointer, CheckpointError, find_latest, names, read_extra, read_full
-from shoestring.train.checkpoint.manifest import read_manifest
+from shoestring.train.checkpoint.checkpointer import Archive, Checkpointer, SaveError, names, read_extra, read_full
+from shoestring.train.checkpoint.folder import find_latest
+from shoestring.train.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
 from torch import nn
 
 TENSORS = {
@@ -165,8 +166,8 @@ def test_folder_holds_no_absolute_path(tmp_path):
 def test_async_save_is_a_snapshot(tmp_path, monkeypatch):
     """The save is held back until the chunks have other values and others' collectives have run."""
     go = threading.Event()
-    commit = checkpoint_module.commit
-    monkeypatch.setattr(checkpoint_module, "commit", lambda *args: go.wait(30) and commit(*args))
+    commit = folder_module.commit
+    monkeypatch.setattr(folder_module, "commit", lambda *args: go.wait(30) and commit(*args))
 
     def body():
         c = checkpointer(tmp_path, async_save=True)
@@ -234,11 +235,11 @@ def edit_manifest(path, old, new):
 DAMAGES = {
     "one bit of a tensor": (lambda p: flip(p / "__1_0.distcp"), "__1_0.distcp is damaged"),
     "truncated": (lambda p: os.truncate(p / "__0_0.distcp", 100), "__0_0.distcp is damaged"),
-    "a file is gone": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp cannot be read"),
+    "a file is gone": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "one bit of .metadata": (lambda p: flip(p / ".metadata"), ".metadata is damaged"),
     "a number in the manifest": (lambda p: edit_manifest(p, '"steps": 3', '"steps": 4'), "manifest.json is damaged"),
     "manifest torn": (lambda p: os.truncate(p / "manifest.json", 200), "manifest.json is damaged"),
-    "manifest gone": (lambda p: (p / "manifest.json").unlink(), "is not a complete checkpoint"),
+    "manifest gone": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
     "files swapped": (lambda p: swap(p / "__0_0.distcp", p / "__1_0.distcp"), "is damaged"),
 }
 
@@ -261,7 +262,7 @@ def test_damage_is_refused_on_every_rank(good, tmp_path, damage):
     break_it, message = DAMAGES[damage]
     break_it(path)
     refused(path, message)
-    with pytest.raises(CheckpointError, match=r"damaged|cannot be read|not a complete"):
+    with pytest.raises(DamagedError, match=r"(damaged|missing).*; nearest valid one: \S*step_00000002|no other checkpoint there is whole"):
         archive = Archive(path)
         for name in archive.names():
             archive.read(name)
@@ -398,19 +399,18 @@ def test_keep_last_and_pointer(tmp_path):
 def test_torn_saves_are_ignored_and_cleared(tmp_path):
     path = save_all(tmp_path, 2, steps=(1, 2))
     shutil.copytree(path, tmp_path / ".step_00000005.partial")  # all files there, but never renamed
-    shutil.copytree(path, tmp_path / "step_00000006", ignore=shutil.ignore_patterns("manifest.json"))
-    (tmp_path / "step_00000007").mkdir()
+    shutil.copytree(path, tmp_path / ".step_00000006.removed", ignore=shutil.ignore_patterns("manifest.json"))
     assert find_latest(tmp_path) == path
     (tmp_path / "latest").unlink()
     assert find_latest(tmp_path) == path
     save_all(tmp_path, 2, steps=(3,))
-    assert present(tmp_path) == ["latest", "step_00000002", "step_00000003", "step_00000006", "step_00000007"]
+    assert present(tmp_path) == ["latest", "step_00000002", "step_00000003"]
 
 
 def test_a_save_that_dies_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """Killed after everything but the rename: the step is not there, the older one is."""
     path = save_all(tmp_path, 2, steps=(1,))
-    monkeypatch.setattr(checkpoint_module, "commit", lambda *args: 1 / 0)
+    monkeypatch.setattr(folder_module, "commit", lambda *args: 1 / 0)
 
     def body():
         c = checkpointer(tmp_path)
