@@ -385,6 +385,7 @@ class LaunchConfig(Section):
     threads: int = 1  # per rank, on CPU
     compile: bool = False  # fuse norms, activations and rotations with torch.compile: half a minute at start, faster after
     timeout_s: float = 600.0  # of collectives
+    overlap_reduce: bool = False  # a stage's gradients travel from its last backward's start on, its weights back under its first forward
     hang_s: float = 0.0  # without a sign of life from a rank in a step, after which the launcher ends all of them; 0: as timeout_s
     max_restarts: int = 3  # in a row without a new checkpoint between them, of ranks that our launcher has started here
     elastic: bool = False  # under torchrun: on another number of ranks than the layout's, another `edp` that fits

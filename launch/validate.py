@@ -25,7 +25,8 @@ def validate(config: Config, world_size: int | None = None) -> None:
             if not config.phases:
                 raise
             raise ConfigError(error.field, error.value, f"{error.rule} (in phase {phase.name})", error.nearest) from None
-    elsewhere = [name for name in ("tensor", "context", "sharded_weights") if getattr(config.stack, name) not in (1, False)]
+    others = "tensor", "context", "sharded_weights", "overlap_reduce"
+    elsewhere = [name for name in others if getattr(config.stack, name) not in (1, False)]
     if world_size is not None and elsewhere:
         name = elsewhere[0]
         raise ConfigError(

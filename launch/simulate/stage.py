@@ -1,7 +1,7 @@
 """What each pipeline stage computes and exchanges for one micro-batch, in seconds: a list of steps, as the executor's phases are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ...conf.schema import Config, PhaseConfig
@@ -9,7 +9,7 @@ from ...train import block_ops, cost
 from ...train.block_ops import Call
 from ...train.traffic import even_rows, row_bytes
 from .rates import Rates
-from .teams import gather_seconds, team_seconds
+from .teams import beside_gathers, gather_seconds, team_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +111,26 @@ def _compute(
 ) -> Compute:  # fmt: skip
     """Kernels one after another, and what this software, or another's, adds to them. `held`: dense and expert parameters."""
     sent, gathered = team_seconds(config, rates, name), gather_seconds(config, rates, dense=held[0], experts=held[1])
+    own = {when: config.stack.phases.get(f"{name}_{when}", PhaseConfig()) for when in "FBW"}
 
-    def by_pass(beside: bool) -> dict[str, Busy]:
+    def busy(beside: bool) -> dict[str, Busy]:
         timed = [(call, slower * rates.seconds(call, beside=beside)) for call in calls]
-        sums = lambda when, chosen: sum(seconds for call, seconds in timed if call.when == when and chosen(call))
-        own = {when: config.stack.phases.get(f"{name}_{when}", PhaseConfig()) for when in "FBW"}
-        busy = {when: phase.times * sums(when, lambda c: True) + phase.host_us * 1e-6 for when, phase in own.items()}
-        beside_it = {"F": busy["F"], "B": busy["B"] + busy["W"], "W": 0.0}
-        bare = {when: sent.get(when, 0.0) + max(0.0, gathered.get(when, 0.0) - beside_it[when]) for when in "FBW"}
+        sums = lambda when, chosen: own[when].times * sum(seconds for call, seconds in timed if call.when == when and chosen(call))
         return {
-            when: Busy(seconds=busy[when] + bare[when], again=phase.times * sums(when, lambda c: c.again)) for when, phase in own.items()
+            when: Busy(seconds=sums(when, lambda c: True) + own[when].host_us * 1e-6, again=sums(when, lambda c: c.again)) for when in "FBW"
         }
 
-    return Compute(name=name, alone=by_pass(False), beside=by_pass(True))
+    alone, beside = busy(False), busy(True)
+
+    def by_pass(mine: dict[str, Busy]) -> dict[str, Busy]:
+        total = lambda passes, of: sum(of[when].seconds for when in passes)
+        more = {
+            when: sent.get(when, 0.0) + beside_gathers(total(passes, mine), total(passes, beside), gathered.get(when, 0.0))
+            for when, passes in {"F": "F", "B": "BW"}.items()
+        }
+        return {when: replace(found, seconds=found.seconds + more.get(when, 0.0)) for when, found in mine.items()}
+
+    return Compute(name=name, alone=by_pass(alone), beside=by_pass(beside))
 
 
 # ---------------------------------------------------------------- exchanges

@@ -205,7 +205,9 @@ class _Tail:
         c, p, rates = job.config, job.config.parallel, job.rates
         width, main = cost.ELEMENT_BYTES[c.precision.compute], max(4, cost.ELEMENT_BYTES[c.precision.compute])
         dense_in_node, experts_in_node = min(p.dp, c.cluster.gpus_per_node), max(1, min(p.edp, c.cluster.gpus_per_node // p.ep))
-        done = {op.stage: span.end for span in spans for op in span.action}
+        last = {op.stage: span for span in spans for op in span.action}
+        first = {op.stage: span for span in reversed(spans) for op in span.action}
+        done = {stage: span.end for stage, span in last.items()}
         reduced = gather = held = owned = 0.0
         for stage in sorted(done, key=done.__getitem__):
             ends = {"embedding": stage == 0, "head": stage == len(job.layers) - 1}
@@ -215,8 +217,12 @@ class _Tail:
             if c.stack.sharded_weights:  # both travel with every block
                 reduced, held, owned = max(reduced, done[stage]), held + mine, owned + mine
                 continue
-            reduced = max(reduced, done[stage]) + sum(rates.ring_seconds(main * n, *group) for n, *group in groups)
-            gather += sum(rates.ring_seconds(width * n, *group) for n, *group in groups)
+            scatter, back = (sum(rates.ring_seconds(w * n, *group) for n, *group in groups) for w in (main, width))
+            if c.stack.overlap_reduce:
+                reduced = max(done[stage], max(reduced, last[stage].start) + scatter)
+                gather += max(0.0, back - (first[stage].end - first[stage].start))
+            else:
+                reduced, gather = max(reduced, done[stage]) + scatter, gather + back
             held, owned = held + dense + experts, owned + mine
         return cls(reduced=reduced, update=_update_seconds(c, rates, owned, held), gather=gather)
 

@@ -53,3 +53,12 @@ def gather_seconds(config: Config, rates: Rates, *, dense: int, experts: int) ->
     of = lambda width: sum(rates.ring_seconds(width * n, ranks, inside) for n, ranks, inside in groups if n)
     width = cost.ELEMENT_BYTES[config.precision.compute]
     return {"F": of(width), "B": of(width) + of(max(4, width))}
+
+
+def beside_gathers(alone: float, beside: float, gathered: float) -> float:
+    """Seconds that gathers add to a phase's compute, which takes `alone`, or `beside` them throughout."""
+    if not gathered:
+        return 0.0
+    if gathered >= beside:
+        return gathered - alone
+    return gathered * (1 - alone / beside)  # of so much compute, less is done meanwhile

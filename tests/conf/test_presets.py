@@ -10,7 +10,7 @@ from shoestring.conf.schema import ClusterConfig, RatesConfig
 from shoestring.launch.validate import validate
 from shoestring.train import cost
 
-CLUSTERS = ["a100", "b200", "h100", "h200", "h800", "rtx4090"]
+CLUSTERS = ["a100", "b200", "gb200", "gb300", "h100", "h20", "h200", "h800", "mi300x", "rtx4090"]
 # Experiment: GPUs, billions of parameters and of active ones, tokens, micro-batches of a pipeline.
 LADDER = {
     "ladder_1": (1, 0.295, 0.088, 2e9, 16),
