@@ -12,9 +12,9 @@ from shoestring.conf.errors import ConfigError
 from shoestring.conf.rules import get, replaced
 from shoestring.launch import exit_codes
 from shoestring.launch.plan.command import main
-from shoestring.launch.plan.request import ask, parse
 from shoestring.launch.plan.layouts import Layout, candidates
 from shoestring.launch.plan.plans import launch_words
+from shoestring.launch.plan.request import ask, parse
 from shoestring.launch.plan.search import search
 from shoestring.launch.validate import validate
 from shoestring.train.metrics import StepRecord
