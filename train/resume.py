@@ -8,7 +8,7 @@ from typing import Any
 from ..conf.phases import Phase, phases
 from ..conf.schema import Config, ConfigError
 from .checkpoint.checkpointer import read_extra
-from .checkpoint.folder import find_latest
+from .checkpoint.folder import check_lost, complete, find_latest
 from .data.corpus import Corpus
 from .metrics import layout_name
 
@@ -27,14 +27,22 @@ class Progress:
     sample: int = 0
 
 
-def find_start(config: Config) -> Path | None:
-    """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it)."""
-    resume, found = config.checkpoint.resume, find_latest(Path(config.run_dir) / "checkpoints")
-    if found and resume == "never":
+def find_start(config: Config, *, begun: bool = False) -> Path | None:
+    """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it).
+
+    `begun`: by a session that goes back to it. Whether it is whole is not looked into. Raises CheckpointError where there were some, and
+    all have been lost, or set aside as damaged.
+    """
+    resume, own = config.checkpoint.resume, _own(config)
+    found = find_latest(own)
+    if found and resume == "never" and not begun:
         rule = f"{found} is there; to begin anew, choose another `name` or remove the folder"
         raise ConfigError("checkpoint.resume", "never", rule, "auto")
-    if found or resume in ("auto", "never"):
+    if found:
         return found
+    check_lost(own)
+    if resume in ("auto", "never"):
+        return None
     named = find_latest(Path(resume) / "checkpoints") or Path(resume)
     if not named.is_dir():
         raise ConfigError("checkpoint.resume", resume, "must be auto, never, or an existing checkpoint or run directory", "auto")
@@ -42,9 +50,15 @@ def find_start(config: Config) -> Path | None:
 
 
 def steps_done(config: Config) -> int:
-    """Where a session started now would begin. Reads the manifest of its checkpoint."""
+    """Where a session started now would begin, as far as manifests say. Changes nothing."""
     start = find_start(config)
+    if start and start.parent == _own(config):
+        start = next(iter(complete(start.parent)), None)
     return read_extra(start)["progress"]["step"] if start else 0
+
+
+def _own(config: Config) -> Path:
+    return Path(config.run_dir) / "checkpoints"
 
 
 def kept(config: Config, phase: Phase, corpus: Corpus, progress: Progress) -> dict[str, Any]:

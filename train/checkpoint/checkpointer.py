@@ -61,6 +61,11 @@ class Checkpointer:
         snapshot = {name: Chunk(c.numel, c.offset, c.data.detach().to("cpu", copy=True)) for name, c in chunks.items()}
         self._in_flight = self._thread.submit(self._write, step, snapshot, extra)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that decides, and tells the others."""
+        return self._rank() == 0
+
     def under_way(self) -> bool:
         """Whether this rank's part of an asynchronous save is. Not collective; other ranks may be sooner or later."""
         return self._in_flight is not None and not self._in_flight.done()
