@@ -371,6 +371,7 @@ class StackConfig(Section):
     tensor: int = 1  # GPUs that share every matrix of a rank, and the tokens between them (tensor and sequence parallelism)
     context: int = 1  # GPUs that share every sequence of a rank
     sharded_weights: bool = False  # FSDP, ZeRO-3: weights are gathered for each block in each pass, their gradients scattered
+    overlap_reduce: bool = False  # a stage's gradients travel from its last backward's start on, its weights back under its first forward
     block_scales: bool = True  # of FP8, as in DeepSeek-V3; false: a scale for each tensor, and weight gradients as fast as the rest
 
     @property
@@ -385,7 +386,6 @@ class LaunchConfig(Section):
     threads: int = 1  # per rank, on CPU
     compile: bool = False  # fuse norms, activations and rotations with torch.compile: half a minute at start, faster after
     timeout_s: float = 600.0  # of collectives
-    overlap_reduce: bool = False  # a stage's gradients travel from its last backward's start on, its weights back under its first forward
     hang_s: float = 0.0  # without a sign of life from a rank in a step, after which the launcher ends all of them; 0: as timeout_s
     max_restarts: int = 3  # in a row without a new checkpoint between them, of ranks that our launcher has started here
     elastic: bool = False  # under torchrun: on another number of ranks than the layout's, another `edp` that fits
