@@ -25,6 +25,12 @@ class Place:
         return cls(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", rank)), world_size=int(os.environ["WORLD_SIZE"]))
 
 
+def restart() -> str:
+    """Which of torchrun's restarts this is; "" where it is none."""
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"restart_{number}" if number != "0" else ""
+
+
 def command(words: Sequence[str]) -> list[str]:
     """What a person would type to train with these settings again, in the way that this process was started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -59,10 +65,16 @@ def record_flight(folder: Path) -> None:
 def prepare_launch(run_on_cpu: bool) -> None:
     """For the ranks that this process is about to start on this machine."""
     os.environ["PYTHONSAFEPATH"] = "1"  # else a rank started from the tree would find our `train` and `kernels` as top-level packages
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks that share the agent's store do not survive the loss of one
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")  # seconds for the others to end once a rank has failed
     if run_on_cpu and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here; the host's own name need not resolve
+
+
+def become_rank(rank: int, world_size: int, store_port: int) -> None:
+    """This process is a rank on this machine; its launcher has the store that they meet over."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": store_port}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    # The last one is asked for by torch 2.11, which would keep the meetings of several tries apart in one store.
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"})
 
 
 def tell_deepspeed(device_type: str) -> None:

@@ -3,7 +3,7 @@
 import errno
 import re
 
-OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, PREEMPTED, OTHER_SIZE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 75, 76, 130
+OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, BUDGET, PREEMPTED, OTHER_SIZE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 76, 130
 
 MEANING = {
     OK: "done",
@@ -11,12 +11,16 @@ MEANING = {
     CONFIG: "the command line or the configuration is wrong; nothing was started",
     DATA: "the data cannot be read, or too much of it is bad",
     STORAGE: "a checkpoint or a file cannot be written, read or verified",
-    LOST: "a rank died, was killed or did not answer in time",
+    LOST: "hardware: a rank died, was killed or did not answer in time",
     DIVERGED: "the loss or a gradient is no longer a number; the last checkpoint is from before",
+    BUDGET: "the budget (dollars, GPU-hours, tokens or the deadline) is spent: saved, and stopped",
     PREEMPTED: "stopped by SIGTERM or SIGINT and saved; the same command goes on from there",
     OTHER_SIZE: "saved; the next phase runs on another number of processes: start that many with the same command",
     INTERRUPTED: "stopped at once by a second signal; the last checkpoint is intact",
 }
+
+AGREED = (OK, BUDGET, PREEMPTED, OTHER_SIZE)  # ends that all ranks come to together, with everything saved
+PASSING = (FAILED, LOST, OTHER_SIZE)  # what may be over when the ranks are started again; after any other code it would come again
 
 # By name, and not by class: whoever only wants an exit code need not import torch for it.
 _BY_NAME = {

@@ -1,14 +1,11 @@
 """Training from one command: as a rank where torchrun has started us, in this process for a world of one, else by starting the ranks.
 
-Ranks on this machine are started by torch's elastic launcher. On CPU they are forked from this process, which has paid for the imports
-(a second instead of ten); CUDA does not survive a fork, so GPU ranks are spawned. Rank 0 has the console; the others write to
-`RUN_DIR/logs`, and are heard when they fail.
+Ranks that we start are started again when one is lost, and go on from the newest checkpoint: up to `launch.max_restarts` times in a row
+without a new one between them.
 """
 
 import contextlib
 import json
-import logging
-import multiprocessing
 import os
 import pkgutil
 import signal
@@ -18,19 +15,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
-from ..parallel.flight import who_is_missing
-from . import device, environment, exit_codes
+from . import device, elastic, environment, exit_codes, lease
+from .cause import Ending
+from .ranks import Ranks, Try
 from .validate import validate
 
 # By name: it imports deepspeed, which looks for its device when it is imported, so that must be settled first.
 _WORKER = "shoestring.launch.worker"
+
+_BACK_OFF_S = (0.5, 2.0, 8.0, 30.0)  # before the first restart in a row, the second, ...
+_SLACK_S = 0.5  # ranks that wait for one that does not come say more about it than its silence does: they are first
 
 
 def train(config: Config, command: Sequence[str]) -> int:
@@ -40,6 +37,8 @@ def train(config: Config, command: Sequence[str]) -> int:
     """
     place = environment.Place.from_environment()
     try:
+        if place:
+            config = elastic.fitted(config, place)
         validate(config, place.world_size if place else None)
         kind = device.choose_type(config)
     except ConfigError:
@@ -48,58 +47,79 @@ def train(config: Config, command: Sequence[str]) -> int:
         raise
     environment.tell_deepspeed(kind)
     if place:
-        return pkgutil.resolve_name(f"{_WORKER}:run")(config, place, command)
-    while True:  # phase by phase, as far as their numbers of ranks differ
-        done = _steps_done(config)
-        world_size = phase_at(config, done).config.parallel.world_size
-        if world_size == 1:
-            code = pkgutil.resolve_name(f"{_WORKER}:run")(config, environment.Place(), command)
-        else:
-            code = start(config, kind, pkgutil.resolve_name(f"{_WORKER}:run_launched"), command, world_size=world_size)
-        if code != exit_codes.OTHER_SIZE:
-            return code
-        config = replaced(config, "checkpoint.resume", "auto")  # from what this session saved
-        if config.train.stop_after:
-            config = replaced(config, "train.stop_after", config.train.stop_after - (_steps_done(config) - done))
+        return elastic.run_rank(config, place, pkgutil.resolve_name(f"{_WORKER}:run"), command)
+    with lease.held(Path(config.run_dir)):
+        return here(config, kind, command)
+
+
+def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
+    """Train on this machine: phase by phase, as far as their numbers of ranks differ, and again after a loss; the last try's exit code.
+
+    `kind`: cpu or cuda. `args` go to `worker.run_launched` beside `command`, such as another `train`.
+    """
+    in_a_row = 0
+    with _forwarding() as state:
+        while True:
+            done = _steps_done(config)
+            world_size = phase_at(config, done).config.parallel.world_size
+            if world_size == 1:
+                with state.mine():
+                    code = pkgutil.resolve_name(f"{_WORKER}:run")(config, environment.Place(), command, *args)
+                ending = Ending(code=code)
+            else:
+                ending = _try(config, kind, state, pkgutil.resolve_name(f"{_WORKER}:run_launched"), command, *args, world_size=world_size)
+            if state.killed:
+                return exit_codes.INTERRUPTED
+            if ending.code != exit_codes.OTHER_SIZE and (world_size == 1 or state.asked or not _worth_another(ending)):
+                _say(ending)
+                return ending.code
+            if config.checkpoint.resume == "never":
+                config = replaced(config, "checkpoint.resume", "auto")  # from what this session has saved
+            now = _steps_done(config)
+            in_a_row = 0 if now > done else in_a_row + 1
+            if ending.code != exit_codes.OTHER_SIZE:
+                if in_a_row > config.launch.max_restarts or (config.train.stop_after and now - done >= config.train.stop_after):
+                    _say(ending)
+                    return ending.code
+                _say_restart(config, ending, in_a_row, now)
+                state.sleep(_BACK_OFF_S[min(max(in_a_row, 1), len(_BACK_OFF_S)) - 1])
+            if config.train.stop_after:
+                config = replaced(config, "train.stop_after", config.train.stop_after - (now - done))
+            if state.asked:
+                return exit_codes.PREEMPTED
+
+
+def start(config: Config, kind: str, target: Callable[..., int], *args: Any, world_size: int) -> int:
+    """Run `target(config, logs, *args)` in `world_size` ranks on this machine, once; the exit code of the whole."""
+    with _forwarding() as state:
+        ending = _try(config, kind, state, target, *args, world_size=world_size)
+    _say(ending)
+    return exit_codes.INTERRUPTED if state.killed else ending.code
+
+
+def _try(config: Config, kind: str, state: "_Forwarding", target: Callable[..., int], *args: Any, world_size: int) -> Ending:
+    run_dir = Path(config.run_dir)
+    what = Try(
+        run_dir=run_dir,
+        logs=(logs := _new_folder(run_dir / "logs")),
+        flight=pkgutil.resolve_name(f"{_WORKER}:flight_folder")(run_dir, logs),
+        target=target,
+        args=(config, logs, *args),
+        world_size=world_size,
+        device_type=kind,
+        patience_s=config.launch.hang_s or config.launch.timeout_s + _SLACK_S,
+    )
+    with Ranks(what) as ranks, state.to(ranks):
+        return ranks.watch()
 
 
 def _steps_done(config: Config) -> int:
     return pkgutil.resolve_name("shoestring.train.resume:steps_done")(config)
 
 
-def start(config: Config, device_type: str, target: Callable[..., int], *args: Any, world_size: int) -> int:
-    """Run `target(config, failures, *args)` in `world_size` ranks on this machine; the exit code of the whole.
-
-    `target` returns an exit code, or leaves with one after writing `failures / "failure-RANK.json"` (see `worker.run`).
-    """
-    logs = Path(config.run_dir) / "logs" / time.strftime("%Y%m%d-%H%M%S")
-    logs.mkdir(parents=True, exist_ok=True)
-    environment.prepare_launch(device_type == "cpu")
-    for chatty in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(chatty).setLevel(logging.CRITICAL + 1)  # what they have to say, `_explain` says
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id="ranks",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        start_method="fork" if device_type == "cpu" else "spawn",
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, world_size)}),
-        signals_to_handle="SIGHUP,SIGQUIT",  # SIGTERM and SIGINT are ours, see `_forwarding`
-    )
-    with _forwarding() as state:
-        try:
-            codes = elastic_launch(settings, target)(config, logs, *args)
-        except ChildFailedError as error:
-            if state.killed:
-                return exit_codes.INTERRUPTED
-            return _explain(error.get_first_failure()[1], logs, world_size)
-        except KeyboardInterrupt:
-            return exit_codes.INTERRUPTED
-    return codes[0]
+def _worth_another(ending: Ending) -> bool:
+    """A loss is. An error of no known kind is where it came in a step: one that comes at the start will come again."""
+    return ending.code == exit_codes.LOST or (ending.code == exit_codes.FAILED and ending.stepped)
 
 
 class _Forwarding:
@@ -107,26 +127,50 @@ class _Forwarding:
 
     def __init__(self):
         self.asked = self.killed = False
-        self._launcher = os.getpid()
+        self._launcher, self._ranks = os.getpid(), None
 
     def __call__(self, number, frame) -> None:
         if os.getpid() != self._launcher:  # a rank that was forked a moment ago and has no handler of its own yet
             os._exit(128 + number)
-        ranks = multiprocessing.active_children()
-        if not ranks:
-            raise KeyboardInterrupt
         self.killed = self.asked
         if not self.asked:
             print("\nstopping: the ranks end this step and save; once more ends them at once", file=sys.stderr, flush=True)
-        for rank in ranks:
-            rank.kill() if self.killed else rank.terminate()
         self.asked = True
+        if self._ranks:
+            self._ranks.signal(signal.SIGKILL if self.killed else signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def to(self, ranks: Ranks):
+        self._ranks = ranks
+        if self.asked:  # just before
+            ranks.signal(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            self._ranks = None
+
+    @contextlib.contextmanager
+    def mine(self):
+        """A rank in this process has handlers of its own; ours come back after it."""
+        try:
+            yield
+        finally:
+            self.install()
+
+    def install(self) -> dict:
+        return {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def sleep(self, seconds: float) -> None:
+        """Or until somebody asks to stop."""
+        until = time.monotonic() + seconds
+        while not self.asked and (left := until - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
 
 
 @contextlib.contextmanager
 def _forwarding():
     state = _Forwarding()
-    before = {number: signal.signal(number, state) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = state.install()
     try:
         yield state
     finally:
@@ -134,34 +178,23 @@ def _forwarding():
             signal.signal(number, handler)
 
 
-def _explain(first: ProcessFailure, logs: Path, world_size: int) -> int:
-    """Say which rank failed first and why; the exit code. `first` is the failure that the agent happened to see first."""
-    records = [json.loads(path.read_text()) for path in logs.glob("failure-*.json")]
-    # A rank whose peer has died finds its connection closed: an error of another kind is the cause, else the earliest.
-    records.sort(key=lambda r: (r["code"] == exit_codes.LOST, r["time"]))
-    if records and records[0]["code"] != exit_codes.LOST:
-        cause = records[0]
-        _say(cause["traceback"] + f"error: {cause['message']}", logs)
-        return cause["code"]
-    silent = sorted(set(range(world_size)) - {r["rank"] for r in records})
-    who = [first.local_rank] if first.local_rank in silent else silent
-    if first.local_rank in silent and first.exitcode < 0:
-        how = f"was killed by {signal.Signals(-first.exitcode).name}" + (" (out of memory?)" if first.exitcode == -signal.SIGKILL else "")
-    else:
-        how = "died without a word (killed from outside, perhaps out of memory)"
-    if who and not (records and "Timed out" in records[0]["message"]):
-        _say(f"{_last_words(logs, who[0])}error: rank {', '.join(map(str, who))} {how}", logs)
-    else:
-        _say("\n".join([f"error: {records[0]['message']}", *who_is_missing(logs.parent.parent / "flight")]), logs)
-    return exit_codes.LOST
+def _new_folder(parent: Path) -> Path:
+    """A name for the logs of a try, that nobody has yet."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
+    return next(parent / n for n in names if not (parent / n).exists())
 
 
-def _last_words(logs: Path, rank: int) -> str:
-    """The end of what a rank without the console wrote to stderr."""
-    for path in logs.glob(f"*/attempt_0/{rank}/stderr.log"):
-        return "".join(f"  rank {rank} | {line}\n" for line in path.read_text(errors="replace").splitlines()[-8:])
-    return ""
+def _say(ending: Ending) -> None:
+    if ending.what:
+        print(f"{ending.detail}error: {ending.what}\nwhat the other ranks wrote: {ending.logs}", file=sys.stderr, flush=True)
 
 
-def _say(text: str, logs: Path) -> None:
-    print(f"{text}\nwhat the other ranks wrote: {logs}", file=sys.stderr, flush=True)
+def _say_restart(config: Config, ending: Ending, number: int, step: int) -> None:
+    """Also for a program: a line of `restarts.jsonl`. Times are on the clock that `time.monotonic` reads."""
+    most = config.launch.max_restarts
+    of = f"restart {number} of {most} without a new checkpoint" if number else "with a checkpoint more than before"
+    print(f"{ending.what}: all ranks start again from step {step} ({of}; logs: {ending.logs})", file=sys.stderr, flush=True)
+    line = {"what": ending.what, "code": ending.code, "step": step, "in_a_row": number, "seen": ending.seen, "again": time.monotonic()}
+    with open(Path(config.run_dir) / "restarts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

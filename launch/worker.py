@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from ..conf.schema import Config, LaunchConfig
 from ..parallel import world
-from ..parallel.flight import last_begun, write_flight
+from ..parallel.flight import answer_when_asked, last_begun, tidy, write_flight
 from ..train import trainer
 from . import device, environment, exit_codes
 from .environment import Place
 from .finish import conclude
+from .heartbeats import Heartbeat
 
 Train = Callable[..., trainer.Outcome]
 
@@ -47,21 +48,23 @@ class Stop:
         self._asked = True
 
 
-def run(config: Config, place: Place, command: Sequence[str], *, failures: Path | None = None, train: Train = trainer.run) -> int:
+def run(config: Config, place: Place, command: Sequence[str], train: Train = trainer.run, *, failures: Path | None = None) -> int:
     """Train as one rank; the exit code (`launch/exit_codes.py`). Rank 0 ends with what `command` has made and how to go on.
 
     An error is one line on stderr, or a file in the folder `failures`, from which a launcher can tell which rank's came first.
     """
     stop = Stop(alone=place.world_size == 1).install()
+    flight = flight_folder(Path(config.run_dir), failures)
     try:
         chosen = device.start(config, place)
-        _join(config, place, chosen)
-        outcome = train(config, chosen, stop=stop, log=_say)
+        beat = _join(config, place, chosen, flight)
+        outcome = train(config, chosen, stop=stop, log=_say, beat=beat)
         world.leave()
+        tidy(flight, place.rank)
         if place.rank == 0:
             _say(conclude(config, outcome, command))
     except BaseException as error:
-        return _report(error, place, failures, Path(config.run_dir) / "flight")
+        return _report(error, place, failures, flight)
     if outcome.stopped:
         return exit_codes.PREEMPTED
     return exit_codes.OTHER_SIZE if outcome.wants else exit_codes.OK
@@ -69,22 +72,30 @@ def run(config: Config, place: Place, command: Sequence[str], *, failures: Path 
 
 def run_launched(config: Config, failures: Path, command: Sequence[str], train: Train = trainer.run) -> int:
     """`run` in a process that our launcher started. A failed rank leaves at once: its peers are gone or stuck, so nothing can be closed."""
-    code = run(config, Place.from_environment(), command, failures=failures, train=train)
-    if code not in (exit_codes.OK, exit_codes.PREEMPTED, exit_codes.OTHER_SIZE):
+    code = run(config, Place.from_environment(), command, train, failures=failures)
+    if code not in exit_codes.AGREED:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _join(config: Config, place: Place, on: torch.device) -> None:
+def flight_folder(run_dir: Path, failures: Path | None = None) -> Path:
+    """Where the ranks of one try leave what they were at when they lost each other; each has its own, so that they stay."""
+    part = failures.name if failures else environment.restart()
+    return run_dir / "flight" / part if part else run_dir / "flight"
+
+
+def _join(config: Config, place: Place, on: torch.device, flight: Path) -> Heartbeat:
+    """Into the world, with which this rank's files in the run directory are its own."""
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if place.world_size == 1 else {}
-    flight = Path(config.run_dir) / "flight"
-    (flight / f"rank_{place.rank}.json").unlink(missing_ok=True)  # an earlier session's
     if on.type == "cuda":
         environment.record_flight(flight)
     world.join(on, timeout_s=config.launch.timeout_s, **alone)
     if place.rank == 0 and config.launch.timeout_s != LaunchConfig.timeout_s:
         _say(f"collectives are given up after {config.launch.timeout_s:g} s (launch.timeout_s)")
+    (flight / f"rank_{place.rank}.json").unlink(missing_ok=True)  # an earlier session's
+    answer_when_asked(flight, place.rank)
+    return Heartbeat(Path(config.run_dir), place.rank)
 
 
 def _say(text: str) -> None:
@@ -100,6 +111,6 @@ def _report(error: BaseException, place: Place, failures: Path | None, flight: P
     if failures is None:
         print(f"{trace}error: {message}", file=sys.stderr, flush=True)
     else:
-        record = {"time": time.time(), "rank": place.rank, "code": code, "message": message, "traceback": trace}
+        record = {"time": time.monotonic(), "rank": place.rank, "code": code, "message": message, "traceback": trace}
         (failures / f"failure-{place.rank}.json").write_text(json.dumps(record))
     return code

@@ -4,11 +4,15 @@
                          groups        of each that it is in: name, ranks, how many collectives it has begun, and the last one's name
                          collectives   the last ones begun, oldest first
                          stacks        of every thread
+    flight/rank_3.txt    the stacks of a rank that was asked for them from outside, as it did not answer
 
 Torch's flight recorder counts collectives. Of a pipeline's sends over gloo it knows nothing: those are named in the error alone.
 """
 
+import contextlib
+import faulthandler
 import json
+import signal
 import sys
 import threading
 import time
@@ -21,6 +25,7 @@ from ._torch import flight_entries, own_groups
 from .world import title
 
 KEPT = 200  # collectives
+ASKED = signal.SIGUSR2  # a process that gets it writes its stacks, whatever it is doing
 
 
 def write_flight(folder: Path, error: BaseException | None = None) -> Path:
@@ -39,6 +44,28 @@ def write_flight(folder: Path, error: BaseException | None = None) -> Path:
     path = folder / f"rank_{rank}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def answer_when_asked(folder: Path, rank: int) -> None:
+    """From now on this process writes the stacks of its threads when it gets the signal `ASKED`, even where Python has no say: in a
+    collective, in a kernel, in a lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(asked_file(folder, rank), "w")  # noqa: SIM115  open as long as the process lives
+    faulthandler.register(ASKED, file=file, all_threads=True)
+
+
+def tidy(folder: Path, *ranks: int) -> None:
+    """Files of ranks that nobody has asked for their stacks go, and a folder that holds nothing else."""
+    for rank in ranks:
+        file = asked_file(folder, rank)
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def asked_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.txt"
 
 
 def last_begun() -> str:

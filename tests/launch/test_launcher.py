@@ -45,7 +45,7 @@ def test_ranks_meet_and_only_rank_0_has_the_console(config, capfd):
     assert launcher.start(config, "cpu", _add_up, "sum", world_size=config.parallel.world_size) == exit_codes.PREEMPTED
     out, err = capfd.readouterr()
     assert out == "rank 0 of 4: sum 4\n" and err == ""
-    written = sorted(path.read_text() for path in Path(config.run_dir).glob("logs/*/*/*/*/stdout.log"))
+    written = sorted(path.read_text() for path in Path(config.run_dir).glob("logs/*/rank_*.stdout"))
     assert written == [f"rank {r} of 4: sum 4\n" for r in (1, 2, 3)]
 
 

@@ -11,7 +11,7 @@ from shoestring.launch import exit_codes, launcher, worker
 from shoestring.train.trainer import Outcome
 
 
-def _three_of_four(config, device, *, stop, log):
+def _three_of_four(config, device, *, stop, log, beat):
     """Rank 2 is busy with something else, until it is told to stop."""
     dist.barrier()
     while dist.get_rank() == 2 and not stop():
@@ -22,14 +22,13 @@ def _three_of_four(config, device, *, stop, log):
 
 def test_a_rank_that_does_not_come_ends_the_run_with_the_name_of_what_was_waited_for(tmp_path, capfd):
     config = load(["experiment=tiny", f"run_dir={tmp_path}", "launch.timeout_s=3"])
-    flight = tmp_path / "flight"
-    flight.mkdir()
-    (flight / "rank_2.json").write_text("an earlier session's")
     assert launcher.start(config, "cpu", worker.run_launched, [], _three_of_four, world_size=4) == exit_codes.LOST
     out, err = capfd.readouterr()
     assert "collectives are given up after 3 s (launch.timeout_s)" in out
+    (flight,) = (tmp_path / "flight").iterdir()
     first = err.splitlines()[0]
-    assert first.startswith("error: rank ") and "Timed out" in first
+    assert first.startswith("  rank ") and "Timed out" in first
+    assert "\nerror: rank 2 does not answer since" in err
     assert 'gloo:all_reduce over "default_pg" (ranks 0 1 2 3)' in first and str(flight) in first
     said = {path: json.loads(path.read_text()) for path in Path(flight).glob("rank_*.json")}
     for rank in (r for r in (0, 1, 3) if flight / f"rank_{r}.json" in said):

@@ -1,0 +1,179 @@
+"""One try on this machine: the ranks are started, watched and ended, and it is found out which one's end was the cause.
+
+On CPU they are forked from this process, which has paid for the imports (a second instead of ten); CUDA does not survive a fork, so GPU
+ranks are spawned. Rank 0 has the console; the others write to the try's folder of logs, and are heard when they fail.
+
+(torch's own launcher would wait half a minute for a rank that was stopped, and restart after any exit code.)
+"""
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..parallel.flight import ASKED, asked_file, tidy
+from . import cause, environment, exit_codes, heartbeats
+from .cause import Ending
+
+_TICK_S = 0.1
+_QUIET_S = 0.5  # once a rank has failed, without a further one: then nobody is left who would tell more
+_LONGEST_S = 5.0
+_STACKS_S = 0.5  # for a rank to write its stacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """What the ranks are started with. `target(config, logs, *args)` returns an exit code, or leaves with one after writing
+    `logs/failure-RANK.json` (see `worker.run`)."""
+
+    run_dir: Path
+    logs: Path
+    flight: Path  # where ranks that are lost leave what they were at
+    target: Callable[..., int]
+    args: tuple
+    world_size: int
+    device_type: str
+    patience_s: float
+
+
+class Ranks:
+    """From `with` on they run; when it is left none does."""
+
+    def __init__(self, what: Try):
+        self.what = what
+        self.codes: dict[int, int] = {}  # of ranks that have ended, in the order in which they did
+        self.hanging: list[int] = []
+        self.seen: float | None = None  # when the first was found to have failed, or not to answer
+        self.stopped: set[int] = set()  # by a signal such as SIGSTOP, when they were ended
+        self.watcher = heartbeats.Watcher(what.run_dir, what.world_size)
+
+    def __enter__(self) -> "Ranks":
+        what = self.what
+        what.logs.mkdir(parents=True, exist_ok=True)
+        heartbeats.forget(what.run_dir)
+        environment.prepare_launch(what.device_type == "cpu")
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("fork" if what.device_type == "cpu" else "spawn")
+        self.processes = [
+            context.Process(target=_main, args=(rank, os.getpid(), self._store.port, what), name=f"rank {rank}")
+            for rank in range(what.world_size)
+        ]
+        sys.stdout.flush(), sys.stderr.flush()
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            if process.pid and process.exitcode is None:
+                process.kill()
+        for process in self.processes:
+            process.join()
+
+    def watch(self) -> Ending:
+        """Until all have ended, or some must be ended because others failed or do not answer."""
+        last_at = 0.0
+        while left := self._left():
+            ended = connection.wait([self.processes[rank].sentinel for rank in left], timeout=_TICK_S)
+            now = time.monotonic()
+            self.watcher.look()
+            for rank in left:
+                if self.processes[rank].sentinel in ended:
+                    self.processes[rank].join()
+                    self.codes[rank] = self.processes[rank].exitcode
+                    self.seen, last_at = self.seen or (now if self.codes[rank] not in exit_codes.AGREED else None), now
+            if self.seen and self._left():
+                if now > min(last_at + _QUIET_S, self.seen + _LONGEST_S):
+                    break
+            elif self._left() and (hanging := self.watcher.hanging(self.what.patience_s)):
+                self.hanging, self.seen = hanging, now
+                break
+        return self._conclude()
+
+    def signal(self, number: int) -> None:
+        for rank in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, number)
+
+    def _left(self) -> list[int]:
+        return [rank for rank in range(self.what.world_size) if rank not in self.codes]
+
+    def _conclude(self) -> Ending:
+        left = self._left()
+        if not left and all(code in exit_codes.AGREED for code in self.codes.values()):
+            return Ending(code=self.codes[0], seen=time.monotonic())
+        self.stopped = {rank for rank in left if _state(self.processes[rank].pid) in ("T", "t")}
+        self._ask_for_stacks(left)
+        self.signal(signal.SIGKILL)
+        tidy(self.what.flight, *range(self.what.world_size))
+        return cause.find(
+            self.what.logs,
+            self.what.flight,
+            codes=self.codes,
+            left=left,
+            hanging=self.hanging,
+            stopped=self.stopped,
+            watcher=self.watcher,
+            seen=self.seen,
+        )
+
+    def _ask_for_stacks(self, ranks: Iterable[int]) -> None:
+        """A stopped one is let go on for this: it would not answer. It is killed before it can do more."""
+        begun = [rank for rank in ranks if rank in self.watcher.beats]  # the others would not know the signal
+        for number in (ASKED, signal.SIGCONT):
+            for rank in begun:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.processes[rank].pid, number)
+        files = [asked_file(self.what.flight, rank) for rank in begun]
+        until = time.monotonic() + _STACKS_S
+        while time.monotonic() < until and not all(file.exists() and file.stat().st_size for file in files):
+            time.sleep(0.02)
+
+
+def _state(pid: int) -> str:
+    """Of a process: R, S, D, T (stopped) ...; "" where it cannot be known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _main(rank: int, launcher: int, store_port: int, what: Try) -> None:
+    """A rank's whole life."""
+    gc.freeze()  # what the parent left is not searched for garbage, which would copy all its pages
+    _end_with(launcher)
+    environment.become_rank(rank, what.world_size, store_port)
+    if rank:
+        for name, stream, number in (("stdout", sys.stdout, 1), ("stderr", sys.stderr, 2)):
+            with open(what.logs / f"rank_{rank}.{name}", "wb") as file:
+                for target in {number, _descriptor(stream, number)}:
+                    os.dup2(file.fileno(), target)
+    code = what.target(*what.args)
+    sys.stdout.flush(), sys.stderr.flush()
+    sys.exit(code)
+
+
+def _descriptor(stream: Any, otherwise: int) -> int:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return otherwise
+
+
+def _end_with(launcher: int) -> None:
+    """Without its launcher a rank is asked to stop, as by anybody else: it saves, and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:  # it was gone before that
+            os.kill(os.getpid(), signal.SIGTERM)
