@@ -16,6 +16,7 @@ import torch
 from ..conf.schema import ClusterConfig, Config
 from ..kernels.grouped import row_alignment
 from ..kernels.row_maps import rows_bound
+from ..parallel.dispatch.deepep import buffer_bytes
 from ..parallel.schedule import SCHEDULES, Action, Op
 from . import cost
 from .moments import Exchange, Micro, Phase
@@ -83,7 +84,8 @@ def rank_memory(
         if update > peak.total:
             peak = Peak(update, 0.0, 0.0, 0.0, "optimizer")
     tokens = num * micro.tokens * 8 * 2  # inputs and targets
-    allocated = state.total - state.optimizer + optimizer + tokens + peak.total
+    wire = _wire(config, share)
+    allocated = state.total - state.optimizer + optimizer + tokens + wire + peak.total
     return Memory(
         weights=state.weights,
         main_grads=state.main_grads,
@@ -91,12 +93,20 @@ def rank_memory(
         casts=state.casts,
         activations=round(peak.kept) + tokens,
         working=round(peak.total - peak.kept - peak.travelling - peak.pipeline),
-        exchange=round(peak.travelling),
+        exchange=round(peak.travelling) + wire,
         pipeline=round(peak.pipeline),
         fragmentation=round(FRAGMENTATION * allocated),
         host=state.host,
         peak_at=peak.where,
     )
+
+
+def _wire(config: Config, share: Share) -> int:
+    """Buffers that an exchange has for as long as the run."""
+    p, m = config.parallel, config.model
+    if p.dispatcher != "deepep" or not any(is_routed(m, layer) for layer in share.layers):
+        return 0
+    return sum(buffer_bytes(p.ep, m.dim * 2, min(p.ep, config.cluster.gpus_per_node)))
 
 
 def _enough(config: Config) -> int:
@@ -119,7 +129,13 @@ def micro_of(config: Config, *, imbalance: float = 1.0, padded_values: bool = Fa
     rows = experts * -(-received // (experts * align)) * align if exchanged else rows_bound(copies, experts, align)
     arrived = received + rows_bound(round(received), experts, align)  # what maps of rows that came are long
     across, sent_on, maps = None, float(copies), 8 * (2 * copies + arrived if exchanged else copies + rows)
-    if p.dispatcher in ("hierarchical", "deepep"):
+    once = 0.0
+    if p.dispatcher == "deepep":
+        share = reached(m.num_experts, experts, m.top_k, m.num_groups, m.num_limited_groups)
+        once = p.ep * tokens * (1 - (1 - share) ** imbalance)
+        found = once * m.top_k * (1 + 8 + 8)  # which copies are here, their rows, and whose rows those are
+        maps = found + tokens * p.ep + 8 * once
+    elif p.dispatcher == "hierarchical":
         places = min(p.ep, config.cluster.gpus_per_node)
         nodes = p.ep // places
         far = tokens * nodes * reached(m.num_experts, m.num_experts // nodes, m.top_k, m.num_groups, m.num_limited_groups)
@@ -140,6 +156,7 @@ def micro_of(config: Config, *, imbalance: float = 1.0, padded_values: bool = Fa
         maps=maps + tokens * m.top_k * 8,
         across=across,
         exchanged=exchanged,
+        once=once,
     )
 
 

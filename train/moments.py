@@ -45,7 +45,8 @@ class Exchange(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Micro:
     """One micro-batch on one rank. `maps`: bytes that a routing keeps. `across`: rows sent and received between nodes, where tokens go by
-    nodes; `exchanged`: whether they go at all. `padded_values`: as on CPU, where values are widened to the keys' width."""
+    nodes; `once`: tokens received, where each comes once to a rank (DeepEP); `exchanged`: whether they go at all. `padded_values`: as on
+    CPU, where values are widened to the keys' width."""
 
     model: ModelConfig
     tokens: int
@@ -61,6 +62,7 @@ class Micro:
     maps: float
     across: tuple[float, float] | None
     exchanged: bool
+    once: float = 0.0  # H
 
     # ------------------------------------------------------------ sizes
 
@@ -283,6 +285,13 @@ class Micro:
         if not self.exchanged:
             return Exchange(name, packing=T * codes * self.fp8 + arrived, flight=arrived, landing=0.0, out=arrived, adds=False)
         payload = T * codes * self.fp8
+        if self.once:
+            H, K = self.once, self.model.top_k
+            flight = payload + H * (codes + K * 12 * weights)
+            placing = H * K * 8 * 4 * weights  # indices on their way to row maps
+            return Exchange(
+                name, max(2 * payload, flight), flight, max(placing, arrived + H * (codes - self.model.dim) * self.fp8), arrived, False
+            )
         row = codes + beside
         unpacked = R * (row + codes * (weights or self.fp8) + codes * self.fp8)
         if self.across is None:
@@ -301,6 +310,10 @@ class Micro:
         if not self.exchanged:
             return Exchange(name, packing=self.D, flight=self.D, landing=self.D, out=out, adds=True)
         plain = self.model.dim * self.width
+        if self.once:
+            beside = self.model.top_k * self.wide * weights
+            flight = (self.once + self.tokens) * (plain + beside)
+            return Exchange(name, flight + self.once * beside, flight, self.D, out, True)
         row = plain + self.wide * weights
         summed = 2 * self.D
         if self.across is None:

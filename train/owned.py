@@ -148,7 +148,7 @@ def update_bytes(config: Config, mine: Owned) -> int:
         for rows, columns in piece.matrices:
             for num in _blocks(piece.numel // unit, max(1, MATRICES // (rows * columns))):
                 numel, gram = num * rows * columns, num * min(rows, columns) ** 2
-                widened = 0 if o.offload or width == 8 else wide * numel
+                widened = 0 if width == 8 else wide * numel
                 most = max(most, before + product * (2 * numel + 2 * gram), before + widened + product * numel)
                 before = product * numel
     return most

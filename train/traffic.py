@@ -14,6 +14,7 @@ often as a node has ranks in it, each time entering at another: of each rank's b
 T tokens of a micro-batch   K top-k   E experts   D model dim
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -150,6 +151,10 @@ def row_bytes(config: Config) -> dict[str, int]:
     payload = rows_bytes(1, m.dim) if fp8 else m.dim * width
     slot = 8 if width == 8 else 4
     beside = K * (wide + slot) if by_nodes else wide
+    if config.parallel.dispatcher == "deepep":  # one row for both legs, up to a multiple of 16 bytes
+        forth, back = payload, m.dim * width
+        rows = {"dispatch F": forth + beside, "combine B": forth, "combine F": back, "dispatch B": back + K * wide}
+        return {name + leg: -(-num_bytes // 16) * 16 for name, num_bytes in rows.items() for leg in ("", " inside")}
     bare = whole(payload + beside) - beside  # the payload with what fills it up, before what goes beside it
     return {
         "dispatch F": bare + beside,
@@ -185,6 +190,7 @@ def _nodes(config: Config) -> tuple[int, int]:
     return config.parallel.ep // places, places
 
 
+@functools.cache
 def reached(num_experts: int, part: int, top_k: int, num_groups: int, num_limited: int) -> float:
     """The probability that a token has at least one of its `top_k` experts among the first `part` of them (or any other run of `part` that
     lies as this one does to the groups), where `num_limited` groups, and experts in them, are drawn evenly without replacement.

@@ -60,8 +60,10 @@ def _rows(config: Config, routing: Routing, share: Share) -> Rows | None:
     p, m = config.parallel, config.model
     if p.ep == 1 or not m.num_moe_layers:
         return None
-    if p.dispatcher == "hierarchical":
-        places = min(p.ep, config.cluster.gpus_per_node)
+    places = min(p.ep, config.cluster.gpus_per_node)
+    if p.dispatcher == "deepep":
+        rows = routing.once(places)
+    elif p.dispatcher == "hierarchical":
         place, own = routing.ep_rank % places, routing.own
         sent, received = (counts.unflatten(0, (-1, places)) for counts in routing.to_nodes(p.ep // places))
         inside = received[:, place, own + 1 :].sum(0).tolist(), received[:, :, :own].sum((0, 2)).tolist()

@@ -55,8 +55,10 @@ class _Block:
 class Memory:
     """Live storage of one device, by category."""
 
-    def __init__(self, device: torch.device, owned: Callable[[], Owned]):
+    def __init__(self, device: torch.device, owned: Callable[[], Owned], host: Iterable[Tensor] = ()):
+        """`host`: tensors that stand for the host's, on a device that has no other; what is made of them is the host's, too."""
         self.device, self.owned = device, owned
+        self.host = {id(tensor.untyped_storage()): tensor for tensor in host}
         self.live: dict[int, _Block] = {}
         self.settled: Counter[str] = Counter()  # when the stretch began
         self.log: list[tuple[int, _Block]] = []  # since then: bytes that came or went
@@ -70,11 +72,18 @@ class Memory:
         if tensor.device.type != self.device.type:
             return
         storage = tensor.untyped_storage()
-        if (key := id(storage)) not in self.live and (size := storage.nbytes()):
+        if (key := id(storage)) not in self.live and key not in self.host and (size := storage.nbytes()):
             block = _Block(size, category)
             block.storage = weakref.ref(storage, lambda _: self._gone(key))
             self.live[key] = block
             self._changed(size, block)
+
+    def keep_apart(self, args: tuple, out: Any) -> None:
+        """What an operator makes of the host's tensors alone."""
+        given = [id(t.untyped_storage()) for t in args if isinstance(t, Tensor)]
+        if given and all(key in self.host for key in given):
+            for tensor in [out] if isinstance(out, Tensor) else out or ():
+                self.host.setdefault(id(tensor.untyped_storage()), tensor)
 
     def mark(self, tensor: Tensor, category: str) -> None:
         block = self.live.get(id(tensor.untyped_storage()))
@@ -145,6 +154,8 @@ class Meter(TorchDispatchMode):
             for tensor in self.collectives.count(name, args, self.packing, counts.sent):
                 self.memory.mark(tensor, EXCHANGE)
         out = self.call(name, function, args, kwargs)
+        if self.memory.host and "device" not in kwargs:
+            self.memory.keep_apart(args, out)
         counts.flops += flops_of(name, packet, args, kwargs, out, self.used)
         self._see(out)
         return out

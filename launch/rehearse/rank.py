@@ -7,6 +7,7 @@ Left out is what is not on the device: the data pipeline, the moving average of 
 is off: elementwise temporaries that it would save are there.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -19,13 +20,14 @@ from ...kernels.grouped import row_alignment
 from ...kernels.row_maps import rows_bound
 from ...parallel import world
 from ...parallel._torch import join_alone
-from ...parallel.dispatch import Dispatcher, LocalDispatcher
+from ...parallel.dispatch import DeepEpDispatcher, Dispatcher, LocalDispatcher
 from ...parallel.host_reads import HostReads
 from ...parallel.phases import MicroBatch
 from ...parallel.schedule import SCHEDULES
 from ...parallel.schedule.ops import Held
 from ...train.engine import Engine, Watch
 from ...train.model.decoder import DTYPES, is_expert
+from . import deep_ep
 from .collectives import ANSWERS, Alone, Collectives
 from .meter import Memory, Meter, Owned
 from .remember import META, Remembered
@@ -125,7 +127,8 @@ def metered(engine: Engine, batches: list[MicroBatch], **how: Any) -> Meter:
 
     config = engine.config
     collectives = Collectives(engine.mesh.rank, config.cluster.gpus_per_node)
-    meter = Meter(Memory(engine.device, owned), collectives, discards="norm" in config.train.recompute, **how)
+    memory = Memory(engine.device, owned, host=engine.optimizer.on_host())
+    meter = Meter(memory, collectives, discards="norm" in config.train.recompute, **how)
     engine.executor.tracer = meter.tracer
     return meter
 
@@ -168,6 +171,10 @@ class _Looks(Watch):
         self.routing = routing
 
     def dispatcher(self, made: Dispatcher) -> Dispatcher:
+        if isinstance(made, DeepEpDispatcher):
+            c = self.routing.config
+            fake = functools.partial(deep_ep.Buffer, routing=self.routing, places=min(c.parallel.ep, c.cluster.gpus_per_node))
+            made.make_buffer = functools.partial(fake, made.make_buffer.args[0])
         return _Local(made, self.routing.own_rows()) if isinstance(made, LocalDispatcher) else made
 
 

@@ -17,7 +17,7 @@ from ...kernels.grouped import row_alignment
 from ...parallel.host_reads import HostReads
 from ...parallel.transport import Work
 from ...train.model.decoder import DTYPES
-from ...train.traffic import reached
+from ...train.traffic import Rows, reached
 
 
 class Routing:
@@ -64,13 +64,32 @@ class Routing:
         return torch.stack([torch.stack(sides), torch.stack([self._row(sender, self.ep_rank, nodes) for sender in range(ranks)])])
 
     def _row(self, sender: int, to: int, nodes: int) -> Tensor:
-        m, by_node = self.config.model, self.sent(sender).view(nodes, -1)
+        by_node = self.sent(sender).view(nodes, -1)
         copies_n = by_node[to // (self.config.parallel.ep // nodes)].view(-1, self.own).sum(1)
-        share = reached(m.num_experts, m.num_experts // nodes, m.top_k, m.num_groups, m.num_limited_groups)
-        load = int(copies_n.sum()) * nodes / self.copies  # of the node, over the mean
-        wanted = round(self.tokens * (1 - (1 - share) ** load))
-        tokens = max(min(wanted, int(copies_n.sum()), self.tokens), -(-int(copies_n.sum()) // m.top_k))
+        tokens = self._tokens(int(copies_n.sum()), nodes)
         return torch.cat([self.sent(sender).view(self.config.parallel.ep, -1)[to], torch.tensor([tokens]), copies_n])
+
+    def once(self, places: int) -> Rows:
+        """Of one exchange that takes a token once to each node, and once to each of its `places` ranks."""
+        ranks = self.config.parallel.ep
+        place, nodes = self.ep_rank % places, ranks // places
+        first, across = self.ep_rank - place, [node * places + place for node in range(nodes)]
+        to_rank = lambda sender, rank: self._tokens(int(self.sent(sender).view(ranks, -1)[rank].sum()), ranks)
+        to_node = lambda sender, node: self._tokens(int(self.sent(sender).view(nodes, -1)[node].sum()), nodes)
+        return Rows(
+            sent=[to_node(self.ep_rank, node) for node in range(nodes)],
+            received=[to_node(sender, self.ep_rank // places) for sender in across],
+            inside_sent=[sum(to_rank(sender, first + other) for sender in across) for other in range(places)],
+            inside_received=[sum(to_rank(node * places + other, self.ep_rank) for node in range(nodes)) for other in range(places)],
+        )
+
+    def _tokens(self, copies: int, parts: int) -> int:
+        """Of one sender, those that have any of `copies`, which go to one of `parts` equal shares of the experts."""
+        m = self.config.model
+        share = reached(m.num_experts, m.num_experts // parts, m.top_k, m.num_groups, m.num_limited_groups)
+        load = copies * parts / self.copies  # over the mean
+        wanted = round(self.tokens * (1 - (1 - share) ** load))
+        return max(min(wanted, copies, self.tokens), -(-copies // m.top_k))
 
 
 def _spread(total: int, num: int, turn: int) -> Tensor:

@@ -34,6 +34,18 @@ def deep_ep_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Any:
     return Buffer(group, nvl_bytes, rdma_bytes)
 
 
+def buffer_bytes(ranks: int, hidden_bytes: int, places: int = 8) -> tuple[int, int]:
+    """What DeepEP's own hints (`csrc/config.hpp`, its usual 20 SMs) make of tokens of that many bytes: for NVLink and for RDMA. Every
+    channel has room for some hundred tokens from each peer of a node, and from each node twice 140; with a token 128 experts, their weights
+    and 128 scales. `places`: ranks of a node."""
+    nodes, peers, channels = max(1, ranks // places), min(ranks, places), 10
+    chunk = next((tokens for most, tokens in ((8, 256), (64, 288), (96, 480), (128, 560)) if ranks <= most), 720)
+    token = hidden_bytes + 8 + 128 * (8 + 4 + 4)
+    nvl = channels * peers * (4 * (2 * nodes + 3) + chunk * token)
+    rdma = channels * nodes * 2 * (4 * (2 * places + 2) + 140 * (token + 16)) + (1 << 20) if nodes > 1 else 0
+    return nvl, rdma
+
+
 @dataclass(frozen=True)
 class Arrival:
     """An event of DeepEP's communication stream."""

@@ -4,12 +4,12 @@ The oracle is the same engine in one process, which `tests/train/test_engine.py`
 """
 
 import functools
-import importlib
 
 import pytest
 import torch
 from shoestring.conf.compose import load
 from shoestring.launch.local import fork_ranks
+from shoestring.parallel.optimizer import deepspeed_zero
 from shoestring.parallel.phases import MicroBatch
 from shoestring.train.engine import Engine
 
@@ -79,7 +79,7 @@ def reference(overrides, routing):
 def run(layout, overrides, routing):
     config = load([*BASE, *overrides, *(f"parallel.{word}" for word in layout.split())])
     if config.optim.engine == "deepspeed":
-        importlib.import_module("deepspeed")  # once, and not in every rank
+        deepspeed_zero.preload()  # once, and not in every rank
     return gather(fork_ranks(config.parallel.world_size, job, config, routing))
 
 
