@@ -172,6 +172,32 @@ def _data(args: argparse.Namespace) -> None:
     )
 
 
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    kinds = {
+        "list": "each with its step, date, size, layout, precision and state",
+        "verify": "read and hash every file of the newest one",
+        "prune": "remove old ones; never the newest that is whole",
+    }
+    for name, help in kinds.items():
+        kinds[name] = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        kinds[name].add_argument("source", type=Path, metavar="RUN_OR_FOLDER", help="a run directory, its checkpoints/, or one checkpoint")
+    kinds["verify"].add_argument("--all", dest="every", action="store_true", help="not only the newest")
+    kinds["verify"].add_argument("--quarantine", action="store_true", help="give damaged ones a name that says so: step_N.damaged")
+    kinds["prune"].add_argument("words", nargs=1, metavar="keep=N", help="how many to keep")
+    kinds["prune"].add_argument("--dry-run", action="store_true", help="only say which would go")
+
+
+def _checkpoint(args: argparse.Namespace) -> int | None:
+    targets = {
+        "list": "shoestring.launch.checkpoint:show",
+        "verify": "shoestring.launch.checkpoint:verify",
+        "prune": "shoestring.launch.checkpoint:prune",
+    }
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "action", "source")}
+    return _call(targets[args.action], args.source, **options)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/tiny")
 
@@ -368,6 +394,16 @@ COMMANDS = {
             "shoestring bench step --json step.json                        a cut-down DeepSeek-V3 in bf16 and in fp8",
             "shoestring bench fabric name=mine                             what plans need to know of this machine: cluster=mine",
             "torchrun --nproc-per-node 8 --no-python shoestring bench fabric name=mine        and of a cluster: on every node",
+        ),
+    ),
+    "checkpoint": Command(
+        help="list, verify or prune what a run has saved",
+        arguments=_checkpoint_arguments,
+        run=_checkpoint,
+        examples=(
+            "shoestring checkpoint list runs/tiny",
+            "shoestring checkpoint verify runs/tiny --all                  exit code 4 if a file is not as it was written",
+            "shoestring checkpoint prune runs/tiny keep=1 --dry-run",
         ),
     ),
     "report": Command(
