@@ -34,6 +34,7 @@ _POSITIVE = [
     *_fields("optim", "lr eps clip"),
     *_fields("train", "steps global_batch_tokens micro_batch_sequences eval_sequences"),
     *_fields("checkpoint", "keep_last"),
+    *_fields("guard", "window patience"),
     *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s mttf_gpu_hours checkpoint_gb_s"),
     *_fields("cluster.rates", "tile sms compute_beside_exchange exchange_beside_compute intra_node inter_node"),
     *_fields("launch", "threads timeout_s log_interval"),
@@ -45,7 +46,9 @@ _NOT_NEGATIVE = [
     *_fields("optim", "final_lr warmup_steps constant_steps decay_steps weight_decay"),
     *_fields("optim", "bias_update_speed sequence_balance_coef z_loss_coef mtp_weight"),
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
-    "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval", "checkpoint.interval",
+    "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval",
+    *_fields("checkpoint", "interval interval_seconds"),
+    *_fields("guard", "spike rollbacks"),
     "launch.hang_s", "launch.max_restarts",
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
     "stack.host_us_per_step", "stack.peer_wait",
@@ -178,6 +181,7 @@ def _candidates(c: Config, field: str) -> Iterable:
         "train.recompute": [[name for name in value if name in _RECOMPUTED]] if isinstance(value, (list, tuple)) else [],
         "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
         "parallel.comm_sms": [0, _NCCL_BLOCKS],
+        "checkpoint.interval": [0], "checkpoint.interval_seconds": [0.0],
         "train.steps": [1, c.optim.warmup_steps + c.optim.constant_steps],
     }  # fmt: skip
     if field in limits:
@@ -202,6 +206,7 @@ def _broken(c: Config) -> Iterator[Broken]:
         yield from _layout(c)
         yield from _batch(c)
         yield from _optim(c)
+        yield from _checkpoint(c)
 
 
 def _ranges(c: Config) -> Iterator[Broken]:
@@ -240,6 +245,12 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name in ("name", "run_dir"):
         if not _of(name)(c).strip():
             yield name, "must not be empty"
+
+
+def _checkpoint(c: Config) -> Iterator[Broken]:
+    for name in ("interval", "interval_seconds"):
+        if c.checkpoint.optimal_interval and getattr(c.checkpoint, name):
+            yield f"checkpoint.{name}", "must be 0 where checkpoint.optimal_interval=true chooses how often"
 
 
 def _model(c: Config) -> Iterator[Broken]:

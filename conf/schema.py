@@ -214,6 +214,7 @@ class DataConfig(Section):
     max_bad_fraction: float = 0.01  # quarantined documents above this share stop the run
     cache_dir: str = "~/.cache/shoestring"
     workers: int = 2
+    skip: list[str] = field(default_factory=list)  # samples of the stream to leave out: "128-143"
 
 
 @dataclass(kw_only=True)
@@ -278,10 +279,23 @@ class TrainConfig(Section):
 
 @dataclass(kw_only=True)
 class CheckpointConfig(Section):
-    interval: int = 100  # steps; one is always written at the end
+    interval: int = 100  # steps; 0: not by steps. One is always written at the end
+    interval_seconds: float = 0.0  # likewise, of the first rank's clock, at the end of the step in which they have passed; 0: not by time
+    optimal_interval: bool = False  # as often as costs least, by what saves are measured to cost and cluster.mttf_gpu_hours
     keep_last: int = 2
     async_save: bool = True
     resume: str = "auto"  # auto: the newest in the run directory, if any | never: refuse a directory that has one | a path
+
+
+@dataclass(kw_only=True)
+class GuardConfig(Section):
+    """What a run does about steps that look wrong; `train/guard.py` has the rules."""
+
+    spike: float = 10.0  # deviations above the median of the last `window` steps, of a loss or a gradient norm, that make a step doubtful
+    window: int = 64
+    patience: int = 3  # steps in a row that cannot be trained on: with so many, back to the last checkpoint
+    rollbacks: int = 3  # in a row, with no new checkpoint between
+    checksums: bool = True  # of weights and moments around every step: memory that changes by itself is found
 
 
 MEMORY_SHARES = {"norm": 0.38, "quantise": 0.6, "columns": 0.9, "permute": 0.79, "sum": 0.54, "swiglu": 0.68, "other": 0.48}
@@ -409,6 +423,7 @@ class Config(Section):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     stack: StackConfig = field(default_factory=StackConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -52,6 +52,7 @@ class Executor:
         self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
         self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport
         self.tracer, self.enqueues = Tracer(), enqueues
+        self.losses: dict[int, Tensor] = {}  # of the last step's micro-batches that end here, weighted as they came
 
     @torch.no_grad()
     def step(self, batches: Sequence[MicroBatch], done: Callable[[int], None] = lambda stage: None) -> Tensor:
@@ -71,6 +72,7 @@ class Executor:
     def _run(
         self, actions: Sequence[Action], batches: Sequence[MicroBatch], training: bool, done: Callable[[int], None] = lambda stage: None
     ) -> Tensor:
+        self.losses.clear()
         run = _Step(self, batches, training)
         last_of = {op.stage: i for i, action in enumerate([(), *actions]) for op in action}
         for i, (action, upcoming) in enumerate(zip([(), *actions], [*actions, ()])):
@@ -136,6 +138,7 @@ class _Step:
             self._hand_over("F", op, op.stage + 1, out)
         else:
             self.losses += out
+            self.executor.losses[op.micro_batch] = out
             if self.training:
                 weights = self.executor.loss_weights.to(out.dtype)
                 self.inbox[Op("B", *key)] = Pending(work=None, finish=lambda: (weights,))

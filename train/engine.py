@@ -30,6 +30,7 @@ from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
 from ..parallel.schedule import Action, direction_of, proven
 from ..parallel.transport import DIRECT, Transport
+from .checksum import checksum
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
 from .owned import muon_matrices
@@ -96,9 +97,12 @@ class Blame:
     def sentence(self, samples: Sequence[Sequence[int]]) -> str:
         """`samples`: of each micro-batch."""
         layers = sorted({int(name.split(".")[1]) for name in self.weights if name.startswith("layers.")})
-        where = [f"gradients of {self.weights[0]}" + (f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else "")] if self.weights else []
-        where += [f"layers {layers[0]} to {layers[-1]}"] if len(layers) > 1 else []
-        where += [f"the loss of samples {', '.join(str(n) for i in self.micro_batches for n in samples[i])}"] if self.micro_batches else []
+        where = []
+        if self.weights:
+            more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
+            where.append(f"gradients of {self.weights[0]}{more}" + (f", layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else ""))
+        if self.micro_batches:
+            where.append(f"the loss of samples {', '.join(str(n) for i in self.micro_batches for n in samples[i])}")
         return "; ".join(where)
 
 
@@ -250,10 +254,10 @@ class Engine:
             raise FloatingPointError(f"gradient norm is {found.grad_norm} (loss {found.loss}): no weight was changed")
         return self.apply(found, lr)
 
-    def gradients(self, batches: Sequence[MicroBatch], flags: Tensor | None = None) -> Gradients:
+    def gradients(self, batches: Sequence[MicroBatch], flags: Tensor | Callable[[], Tensor] | None = None) -> Gradients:
         """Of this data-parallel rank's micro-batches, as many on every rank. Collective; then `apply` or `discard`, on every rank.
 
-        `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts.
+        `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts; or what makes it, called when backward is over.
         """
         self.beat("forward and backward")
         self._forget_casts()
@@ -331,10 +335,10 @@ class Engine:
         if self.ops.fp8 is not None:
             self.ops.fp8.casts.clear()
 
-    def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | None) -> "_Totals":
+    def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | Callable | None) -> _Totals:
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""
         m = self.config.model
-        flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags
+        flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags() if callable(flags) else flags
         losses = self.reads.wait(losses) * self.nominal_tokens
         tokens = torch.tensor([_num_targets(self._heads(batches), self.reads)], dtype=torch.float64)
         router_sums = torch.zeros(len(ROUTER_SUMS), dtype=torch.float64)
@@ -385,6 +389,15 @@ class Engine:
                 layer = row + self.config.model.num_dense_layers
                 chunks[f"layers.{layer}.router.bias"] = Chunk(bias_E.numel(), 0, bias_E)
         return chunks
+
+    def sums(self) -> dict[str, int]:
+        """Checksums of what nothing changes between two updates: dense weights, experts' (replicas of both are alike), and the rest."""
+        named = self.parameters().items()
+        return {
+            "dense": checksum(param for name, param in named if not is_expert(name)),
+            "experts": checksum(param for name, param in named if is_expert(name)),
+            "state": checksum([*self.optimizer.at_rest(), self.biases]),
+        }
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: param for _, name, param in named_weights(self.stages)}

@@ -17,7 +17,7 @@ from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
 from .data.corpus import Corpus
 from .engine import Beat, Engine, Gradients, StepResult, Watch, learning_rate, silent
-from .signals import pack
+from .signals import Heard, pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class PhaseRun:
         self.phase, self.corpus, self.device, self.beat = phase, corpus, device, beat
         self.engine = Engine(phase.config, device, mesh, watch, beat=beat)
         self.dp_rank = self.engine.mesh.dp_rank
+        self.at_rest: dict[str, int] = {}  # after the last update; empty: not known
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.phase.config.optim, step - self.phase.first_step, self.phase.num_steps)
@@ -52,15 +53,39 @@ class PhaseRun:
     def gradients(self, step: int, samples: np.ndarray, **signals: float) -> Gradients:
         """Of step `step` of the run (0 is the first) on these samples of the stream, those of all ranks. `signals`: see there."""
         self.beat("data", step + 1)
-        batches = self._read(step, samples)
-        flags = pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **signals)
-        return self.engine.gradients(batches, flags)
+        return self.engine.gradients(self._read(step, samples), lambda: self._flags(**signals))
 
     def apply(self, step: int, found: Gradients) -> StepResult:
-        return self.engine.apply(found, self.learning_rate(step))
+        result = self.engine.apply(found, self.learning_rate(step))
+        self.at_rest = self.engine.sums() if self.phase.config.guard.checksums else {}
+        return result
+
+    def _flags(self, **signals: float) -> Tensor:
+        """When backward is over: until then, memory may have changed that this step's gradients came from."""
+        if self.at_rest:
+            signals["changed"] = self.engine.sums() != self.at_rest
+            signals |= {name: self.at_rest[name] % 2**53 for name in ("dense", "experts")}
+        return pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **signals)
+
+    def changed(self, heard: Heard) -> str | None:
+        """Whose memory is not what it should be; None if it all is. Alike on all ranks."""
+        p = self.phase.config.parallel
+        if ranks := [rank for rank, changed in enumerate(heard.each["changed"]) if changed]:
+            return f"memory of rank {', '.join(map(str, ranks))} changed between two updates: weights, or the optimizer's state"
+        for name, replica in (("dense", lambda rank: rank // p.dp), ("experts", lambda rank: (rank // p.dp, rank % p.ep))):
+            alike: dict = {}
+            for rank, value in enumerate(heard.each[name]):
+                alike.setdefault(replica(rank), {}).setdefault(value, []).append(rank)
+            for found in (found for found in alike.values() if len(found) > 1):
+                odd = min(found.values(), key=len)
+                rest = sorted(rank for ranks in found.values() for rank in ranks if ranks is not odd)
+                return (
+                    f"{name} weights of rank {', '.join(map(str, odd))} differ from those of their replicas on {', '.join(map(str, rest))}"
+                )
+        return None
 
     def blame(self, step: int, samples: np.ndarray) -> list[str]:
-        """Computed once more, and not summed over ranks: what is not finite, where, and of which samples. Collective; alike on all ranks."""
+        """Computed once more, and not summed over ranks: what is not finite, where, of which samples. Collective; alike on all ranks."""
         mine = self._mine(samples)
         found = self.engine.blame(self._read(step, samples))
         said: list[str | None] = [None] * dist.get_world_size()

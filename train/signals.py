@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SUMS = ("stop", "save")  # over ranks: how many were asked to stop; whether it is time to save (the first rank's clock says)
-EACH = ("memory",)  # of each rank: its peak, bytes
+# Over ranks: how many were asked to stop; whether it is time to save (the first rank's clock says); how many are done with the last save.
+SUMS = ("stop", "save", "saved")
+# Of each rank: its peak, bytes; whether its memory changed between two updates; what its dense weights, and its experts', add up to.
+EACH = ("memory", "changed", "dense", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)

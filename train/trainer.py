@@ -6,12 +6,14 @@ A new phase is a resume: the last one ends with a checkpoint, and the next one, 
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,10 +22,15 @@ from ..conf.phases import Phase, num_steps, num_tokens, phase_at
 from ..conf.schema import Config, ConfigError
 from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
-from . import cost, metrics, units
+from . import cost, left_out, metrics, units
 from .checkpoint.checkpointer import Checkpointer, read_extra
+from .checkpoint.folder import mend, torn
+from .checkpoint.manifest import CheckpointError, DamagedError
+from .checkpoint.saves import Saves, State
 from .data.corpus import open_corpus
-from .engine import Beat, StepResult, Watch, silent
+from .engine import Beat, Gradients, StepResult, Watch, silent
+from .guard import GoBack, Guard
+from .left_out import Window, configured, take
 from .metrics import StepRecord, Summary
 from .model.attention import kernel_of
 from .phase_run import Evaluation, PhaseRun
@@ -73,7 +80,8 @@ class _Session:
         beat: Beat = silent,
     ):
         self.config, self.device, self.stop, self.log, self.watch, self.beat = config, device, stop, log, watch, beat
-        self.began = time.monotonic()
+        self.began = self.told = time.monotonic()
+        self.guard = Guard(config.guard)
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
@@ -82,10 +90,12 @@ class _Session:
             async_save=config.checkpoint.async_save,
             group=world.on_hosts("checkpoints"),
         )
+        mttf_s = config.cluster.mttf_gpu_hours * 3600 / dist.get_world_size()
+        self.saves = Saves(self.checkpointer, config.checkpoint, mttf_s=mttf_s, log=self.log)
         self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device)
         self.progress, self.part = Progress(), None
-        start = self._find_start()  # before anything slow: a wrong directory is refused at once
-        self._enter(phase_at(config, read_extra(start)["progress"]["step"] if start else 0), start)
+        self.left_out: list[Window] = self._of_first(lambda: left_out.read(self.run_dir))
+        self._go_on_from_newest()
         self.past = metrics.Rewound(session=0, seconds=0.0, dollars=0.0, kept=0, lost=0)
         if self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,16 +113,40 @@ class _Session:
 
     # ------------------------------------------------------------ start and end
 
-    def _find_start(self) -> Path | None:
-        """The first rank's answer, on all ranks."""
+    def _go_on_from_newest(self) -> Path | None:
+        """Into the state of the newest checkpoint that is whole, and its phase. Those found damaged before it are set aside: of this run's
+        own directory; of another, that is an error. Nothing slow comes before a wrong directory is refused."""
+        begun = self.part is not None
+        while True:
+            try:
+                start, step = self._of_first(lambda: self._find_start(begun))
+                self._enter(phase_at(self.config, step), start)
+            except DamagedError as damage:
+                self.log(self.checkpointer.set_aside(damage))
+                continue
+            if not begun:
+                self._describe_model(start)
+            self._describe_phase()
+            return start
+
+    def _find_start(self, begun: bool) -> tuple[Path | None, int]:
+        """And the steps that it has done."""
+        mend(self.checkpointer.folder)
+        start = find_start(self.config, begun=begun)
+        if start is None and (left := torn(self.checkpointer.folder)):
+            self.log(f"{left[-1]} is a save that was cut short, and no checkpoint was ever complete: this run begins anew")
+        return start, read_extra(start)["progress"]["step"] if start else 0
+
+    def _of_first(self, ask: Callable[[], Any]) -> Any:
+        """The first rank's answer, on all ranks; or its error."""
         answer: list[Any] = [None]
         if self.is_main:
             try:
-                answer = [find_start(self.config)]
-            except ConfigError as error:
+                answer = [ask()]
+            except (ConfigError, CheckpointError, OSError) as error:
                 answer = [error]
         dist.broadcast_object_list(answer, group=self.checkpointer.group, group_src=0)
-        if isinstance(answer[0], ConfigError):
+        if isinstance(answer[0], Exception):
             raise answer[0]
         return answer[0]
 
@@ -124,8 +158,7 @@ class _Session:
             rule = f"phase {phase.name} is next, of {c.parallel.world_size} ranks; {dist.get_world_size()} were started"
             raise ConfigError("number of processes", dist.get_world_size(), rule, c.parallel.world_size)
         mesh = None
-        begins = self.part is None
-        if not begins:
+        if self.part is not None:
             before = self.phase.config
             if before.parallel == c.parallel:
                 mesh = self.part.engine.mesh
@@ -138,11 +171,10 @@ class _Session:
         if start is not None:
             self._load(start)
         self.part.engine.watch.begun(self.part.engine)
+        if self.progress.step == phase.first_step:
+            self.guard.begin()  # other data, another batch: nothing to compare with
         if phase.stream != self.progress.stream:
             self.progress.stream, self.progress.sample = phase.stream, 0
-        if begins:
-            self._describe_model(start)
-        self._describe_phase()
 
     def _load(self, start: Path) -> None:
         rng = torch.get_rng_state()
@@ -155,10 +187,12 @@ class _Session:
         self.part.engine.placement.load_state(extra)
         if self.part.engine.sentinel:
             self.part.engine.sentinel.load_state(extra)
+        self.guard.load_state(extra)
         torch.set_rng_state(rng)
         self.progress = Progress(**extra["progress"])
 
-    def _save(self) -> None:
+    def _state(self) -> State:
+        """What a checkpoint holds."""
         self.beat("checkpoint")
         rng = torch.get_rng_state()
         chunks = self.part.engine.chunks(saving=True) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
@@ -166,8 +200,9 @@ class _Session:
             **kept(self.config, self.phase, self.part.corpus, self.progress),
             **self.part.engine.placement.state(),
             **(self.part.engine.sentinel.state() if self.part.engine.sentinel else {}),
+            **self.guard.state(),
         }
-        self.checkpointer.save(self.progress.step, chunks, extra)
+        return chunks, extra
 
     def _describe_model(self, start: Path | None) -> None:
         c, p = self.phase.config, cost.num_params(self.config.model)
@@ -206,23 +241,27 @@ class _Session:
         last = num_steps(c)
         if c.train.stop_after:
             last = min(last, self.progress.step + c.train.stop_after)
-        sinks = self._open_sinks()
+        self.sinks = self._open_sinks()
         try:
             while self.progress.step < last and not stopping and not wants:
-                record, stopping = self._step()
-                sinks.write(record)
-                due = c.checkpoint.interval and self.progress.step % c.checkpoint.interval == 0
-                over = self.progress.step == self.phase.end_step
-                if due or stopping or over or self.progress.step == last:
-                    self._save()
-                    saved = self.progress.step
+                try:
+                    record, sums = self._step()
+                except GoBack as error:
+                    self._go_back(error)
+                    continue
+                self.sinks.write(record)
+                step, stopping = self.progress.step, sums["stop"] > 0
+                due, over = self.saves.due(step, sums, dist.get_world_size()), step == self.phase.end_step
+                if stopping or over or step == last:
+                    self.saves.save_last(step, self._state)
+                    saved = step
+                elif due:
+                    self.saves.save(step, self._state)
                 if over and self.progress.step < last and not stopping:
                     wants = self._go_on()
-            self.beat("checkpoint")
-            self.checkpointer.wait()
             self.beat("end")
         finally:
-            sinks.close()
+            self.sinks.close()
         assert saved == self.progress.step
         return Outcome(summary=self._summary(), step=self.progress.step, stopped=stopping, wants=wants)
 
@@ -232,6 +271,7 @@ class _Session:
         if upcoming.config.parallel.world_size != dist.get_world_size():
             return upcoming.config.parallel.world_size
         self._enter(upcoming, self.checkpointer.latest())
+        self._describe_phase()
         return 0
 
     def _open_sinks(self) -> Sinks:
@@ -242,31 +282,88 @@ class _Session:
         wandb = WandbSink(c, self.run_dir, mode=c.launch.wandb, project=c.launch.wandb_project)
         return Sinks([JsonlSink(self.metrics_path), console, wandb])
 
-    def _step(self) -> tuple[StepRecord, bool]:
+    def _step(self) -> tuple[StepRecord, dict[str, float]]:
         began, p, phase = time.monotonic(), self.progress, self.phase
         batch_tokens = phase.batch_tokens(p.step)
         lr = self.part.learning_rate(p.step)
         sentinel = self.part.engine.sentinel
-        if sentinel:
-            sentinel.wake(p.step)
         self.traces.begin(p.step + 1, self.part.engine.executor)
-        result = self.part.train(p.step, p.sample, stop=self.stop())
-        heard = unpack(result.flags)
+        found, heard, samples = self._sound(batch_tokens // phase.config.data.seq_len)
+        result = self.part.apply(p.step, found)
+        self.guard.taken(found.loss, found.grad_norm)
         look = sentinel.report(p.step) if sentinel else None
         for block in look.left_out if look else ():
             self.log(look.sentence(block, phase.config.precision.sentinel_max_error))
         p.step += 1
         p.tokens += result.tokens
-        p.samples += batch_tokens // phase.config.data.seq_len
-        p.sample += batch_tokens // phase.config.data.seq_len
+        p.samples += len(samples)
+        p.sample = int(samples[-1]) + 1
         seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
         traced = self.traces.finish(p.step, self.part.engine.executor)
         held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
-        return self._record(result, heard, lr, seconds, held_out, look, traced), heard.sums["stop"] > 0
+        return self._record(result, heard, lr, seconds, held_out, look, traced), heard.sums
+
+    # ------------------------------------------------------------ steps that look wrong
+
+    def _sound(self, count: int) -> tuple[Gradients, Heard, np.ndarray]:
+        """Gradients that can be applied, what ranks said with them, and of which samples they are: the next ones, or those after."""
+        p, stream = self.progress, self.phase.stream
+        while True:
+            windows = [*self.left_out, *configured(self.phase.config.data.skip, stream)]
+            samples = take(windows, stream, p.sample, count)
+            found, heard, trouble = self._attempt(samples)
+            if trouble:
+                self.part.engine.discard()
+                found, heard, again = self._attempt(samples)
+                told = "computed again, it is the same" if again else "computed again, it is sound: a passing fault"
+                self.log(f"step {p.step + 1}: {trouble}; {told}")
+                trouble = again
+            if not trouble:
+                return found, heard, samples
+            self.part.engine.discard()
+            for sentence in self.part.blame(p.step, samples) if not math.isfinite(found.grad_norm) else ():
+                self.log(f"  not finite on {sentence}")
+            self._leave_out(int(samples[0]), int(samples[-1]), trouble)
+            self.guard.left_out(trouble)
+
+    def _attempt(self, samples: np.ndarray) -> tuple[Gradients, Heard, str | None]:
+        if self.part.engine.sentinel:
+            self.part.engine.sentinel.wake(self.progress.step)
+        found = self.part.gradients(self.progress.step, samples, stop=self.stop(), **self.saves.signals())
+        heard = unpack(found.flags)
+        if changed := self.part.changed(heard):
+            raise GoBack(changed, without_since=False)
+        return found, heard, self.guard.trouble(found.loss, found.grad_norm)
+
+    def _leave_out(self, first: int, last: int, why: str) -> None:
+        """For good: on disk before anything else happens."""
+        self.left_out.append(Window(stream=self.phase.stream, first=first, last=last, why=why))
+        if self.is_main:
+            left_out.write(self.run_dir, self.left_out)
+        self.log(f"samples {first} to {last} are left out ({self.run_dir / left_out.NAME})")
+
+    def _go_back(self, error: GoBack) -> None:
+        """To the last checkpoint, or to the beginning where there is none."""
+        step, upto = self.progress.step, self.progress.sample
+        self.guard.going_back(str(error), step)
+        self.saves.finish()
+        stream, self.progress = self.phase.stream, Progress()
+        start = self._go_on_from_newest()
+        self.log(f"step {step + 1}: {error}; back to {start.name if start else 'the beginning'}")
+        if start is None:
+            self.guard.begin()
+        if error.without_since and self.progress.stream == stream and self.progress.sample < upto:
+            self._leave_out(self.progress.sample, upto - 1, str(error))
+        if self.is_main:
+            self.sinks.close()
+            self.past = metrics.rewind(self.metrics_path, self.progress.step)
+            self.began = self.told
+            self.sinks = self._open_sinks()
 
     def _record(
         self, result: StepResult, heard: Heard, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None, traced: dict
     ) -> StepRecord:
+        self.told = time.monotonic()
         sentinel = self.part.engine.sentinel
         c, p, loads = self.phase.config, self.progress, result.loads.tolist()
         devices, held = cost.num_devices(c), time.monotonic() - self.began
@@ -309,6 +406,7 @@ class _Session:
             fp8_sentinel=look.over_blocks() if look else None,
             fp8_left_out=sorted(sentinel.left_out) or None if sentinel else None,
             **traced,
+            **self.saves.news(),
             memory_gb=max(heard.each["memory"]) / 1e9,
             time_unix=time.time(),
             session=self.past.session,

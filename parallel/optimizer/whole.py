@@ -204,6 +204,10 @@ class WholeOptimizer(ShardedOptimizer):
             if getattr(p, key) is not None
         }
 
+    def at_rest(self):
+        moments = [t for p in self._pieces for t in (p.exp_avg, p.exp_avg_sq) if t is not None]
+        return [b.master for b in self._buffers if not _same(b.master, b.weights)] + moments
+
     def on_host(self) -> list[Tensor]:
         """What stays there under `optim.offload`, and what travels."""
         if not self._link:
@@ -214,6 +218,11 @@ class WholeOptimizer(ShardedOptimizer):
     def _load(self):
         self._cast()
         self._publish()
+
+
+def _same(part: Tensor, whole: Tensor) -> bool:
+    """Whether it is a view of it."""
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 # ---------------------------------------------------------------- cuts

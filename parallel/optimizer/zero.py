@@ -122,10 +122,11 @@ class ShardedOptimizer(ABC):
 
     @torch.no_grad()
     def discard(self) -> None:
-        """In place of `step`, after `norm`: main gradients to zero, all else as it was."""
-        if not self._scaled:
+        """In place of `step`, after `norm`, or of all that follows backward: main gradients to zero, all else as it was."""
+        if self._scaled:
+            self._owned_grads()
+        elif self._unreduced != self._stages:
             raise RuntimeError(f"discard() before norm() in step {self.steps}: sums are still under way")
-        self._owned_grads()
         self._clear()
         self._unreduced, self._scaled = self._stages, False
 
@@ -146,6 +147,10 @@ class ShardedOptimizer(ABC):
             averages = self._average.read()
             chunks |= {f"{name}.ema": Chunk(c.numel, c.offset, averages[name]) for name, c in masters.items()}
         return chunks
+
+    def at_rest(self) -> list[Tensor]:
+        """Masters and moments, contiguous: what, beside weights, nothing changes but `step` and `load_state`."""
+        return [chunk.data for chunk in self._state().values()]
 
     @torch.no_grad()
     def load_state(self, steps: int) -> None:
