@@ -25,13 +25,10 @@ def validate(config: Config, world_size: int | None = None) -> None:
             if not config.phases:
                 raise
             raise ConfigError(error.field, error.value, f"{error.rule} (in phase {phase.name})", error.nearest) from None
-    others = "tensor", "context", "sharded_weights", "overlap_reduce"
-    elsewhere = [name for name in others if getattr(config.stack, name) not in (1, False)]
-    if world_size is not None and elsewhere:
-        name = elsewhere[0]
-        raise ConfigError(
-            f"stack.{name}", getattr(config.stack, name), "is for pricing runs of other software: none of ours can start with it"
-        )
+    ours = {"tensor": 1, "context": 1, "sharded_weights": False, "overlap_reduce": False}
+    for name in (name for name, value in ours.items() if world_size is not None and getattr(config.stack, name) != value):
+        rule = "is for pricing other software's runs: none of ours starts with it"
+        raise ConfigError(f"stack.{name}", getattr(config.stack, name), rule, ours[name])
     if world_size is not None and all(phase.config.parallel.world_size != world_size for phase in phases(config)):
         _check_world(phases(config)[0].config, world_size)
 

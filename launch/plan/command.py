@@ -85,9 +85,10 @@ def priced_exactly(request: Request) -> Plan:
 
 def _exact(asked: Asked) -> Outcome:
     config, p = asked.config, asked.config.parallel
-    if asked.request.gpus and asked.request.gpus != p.world_size:
-        rule = f"search=false prices pp x edp x ep = {p.pp} x {p.edp} x {p.ep}"
-        raise ConfigError("gpus", asked.request.gpus, rule, p.world_size)
+    team = config.stack.team
+    if asked.request.gpus and asked.request.gpus != p.world_size * team:
+        rule = f"search=false prices pp x edp x ep = {p.pp} x {p.edp} x {p.ep}" + f" teams of {team}" * (team > 1)
+        raise ConfigError("gpus", asked.request.gpus, rule, p.world_size * team)
     check_all(config)
     found = planned(asked, Layout.of(config), config)
     too_large = _too_large(asked)
@@ -107,6 +108,8 @@ def _of_size(asked: Asked) -> Outcome:
     if gpus == 1 and not request.gpus:
         raise ConfigError("gpus", "", "must be given, for example gpus=2048, or gpus=auto with deadline_days= or budget_usd=")
     config = asked.at(gpus)
+    if config.stack.team > 1:
+        raise ConfigError("stack.tensor", config.stack.tensor, "is priced in a layout that is given, not searched: add search=false")
     found = search(config, gpus, fixed=asked.fixed, keep=request.top, most=MOST)
     if not found.best:
         return Outcome(notes=nothing_fits(asked, gpus, found), met=False)
