@@ -31,6 +31,22 @@ def restart() -> str:
     return f"restart_{number}" if number != "0" else ""
 
 
+def restarts_share_store() -> bool:
+    """Whether torchrun may restart this rank, and would let it meet the others where the last meeting still stands in the store."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+
+
+def session() -> str:
+    """A name that all ranks and restarts of one job under torchrun share; "" where it was given none (`--rdzv-id`)."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def prepare_torchrun() -> None:
+    """For the ranks that torchrun is about to start from this process."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks that share the agent's store do not survive the loss of one
+
+
 def command(words: Sequence[str]) -> list[str]:
     """What a person would type to train with these settings again, in the way that this process was started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
