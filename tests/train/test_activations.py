@@ -73,9 +73,10 @@ def two_steps(words):
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_nothing_else_changes(compute):
-    ((records, state),) = fork_ranks(1, two_steps, [f"precision={compute}"])
+    words = [f"precision={compute}", "train.global_batch_tokens=256", "train.micro_batch_sequences=4"]
+    ((records, state),) = fork_ranks(1, two_steps, words)
     for recompute in LEVERS[1:]:
-        ((others, other_state),) = fork_ranks(1, two_steps, [f"precision={compute}", f"train.recompute={recompute}"])
+        ((others, other_state),) = fork_ranks(1, two_steps, [*words, f"train.recompute={recompute}"])
         assert others == records, recompute
         assert all(torch.equal(state[name], other_state[name]) for name in state), recompute
 
