@@ -193,7 +193,6 @@ class _Session:
 
     def _state(self) -> State:
         """What a checkpoint holds."""
-        self.beat("checkpoint")
         rng = torch.get_rng_state()
         chunks = self.part.engine.chunks(saving=True) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         extra = {
@@ -250,6 +249,7 @@ class _Session:
                     self._go_back(error)
                     continue
                 self.sinks.write(record)
+                self.beat("checkpoint")
                 step, stopping = self.progress.step, sums["stop"] > 0
                 due, over = self.saves.due(step, sums, dist.get_world_size()), step == self.phase.end_step
                 if stopping or over or step == last:
