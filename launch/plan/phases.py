@@ -9,7 +9,7 @@ from ...conf.errors import ConfigError, divisors
 from ...conf.phases import Level, levels
 from ...conf.rules import get, replaced
 from ...conf.schema import Config
-from ..simulate import Interval, RunEstimate, StepEstimate, project_run, project_step
+from ..simulate import Interval, Recorded, RunEstimate, StepEstimate, project_run, project_step
 from .layouts import RECOMPUTE, Layout
 from .request import BATCH
 from .search import check_all, fullest_rank, must_fit
@@ -55,7 +55,7 @@ class PhasePlan:
         }
 
 
-def price_phases(phases: Mapping[str, Config], *, adapt: bool) -> list[PhasePlan]:
+def price_phases(phases: Mapping[str, Config], *, adapt: bool, recorded: Recorded | None = None) -> list[PhasePlan]:
     """`adapt`: where memory is not enough, a phase takes what needs less. Raises ConfigError where no layout of a phase's kind is valid."""
     made: dict[str, StepEstimate] = {}
 
@@ -65,7 +65,7 @@ def price_phases(phases: Mapping[str, Config], *, adapt: bool) -> list[PhasePlan
         key = config.model, config.parallel, config.data.seq_len, t.global_batch_tokens, t.micro_batch_sequences, t.recompute
         key = repr((*key, o.engine, o.algorithm, o.moments, o.offload))
         if key not in made:
-            made[key] = project_step(config)
+            made[key] = project_step(config, recorded=recorded)
         return made[key]
 
     return [_price(name, config, adapt, step_of) for name, config in phases.items()]

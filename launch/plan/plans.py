@@ -97,9 +97,9 @@ def _pair(interval: Interval) -> list[float]:
 
 def planned(asked: Asked, layout: Layout, config: Config) -> Plan:
     """With all terms, where a search had the ideal step alone; and with all phases. `config`: of the main one. Raises ConfigError."""
-    phases = price_phases(_stretches(asked, layout, config), adapt=asked.request.search)
+    phases = price_phases(_stretches(asked, layout, config), adapt=asked.request.search, recorded=asked.recorded)
     main = next((phase for phase in phases if phase.name == asked.main), None)
-    step = main.step if main else project_step(config)
+    step = main.step if main else project_step(config, recorded=asked.recorded)
     fullest = {imbalance: fullest_rank(config, imbalance) for imbalance in IMBALANCES}
     return Plan(
         layout=layout,

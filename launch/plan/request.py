@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -13,6 +13,7 @@ from ...conf.errors import ConfigError, UnknownKey, most_like
 from ...conf.phases import Phase, phases
 from ...conf.rules import get, replaced
 from ...conf.schema import Config
+from ..simulate.recorded import Recorded, read
 from .layouts import Layout
 
 OWN = ("gpus", "tokens", "budget_usd", "deadline_days", "search", "output", "page", "top", "routing")
@@ -104,6 +105,7 @@ class Asked:
     tokens: float
     words: tuple[str, ...]
     makes_batch: bool  # nobody gave one: each number of GPUs has its own
+    recorded: Recorded | None = None  # routing, in place of the term imbalance
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -151,10 +153,24 @@ def ask(request: Request) -> Asked:
     main = max(stretches, key=lambda phase: phase.num_tokens)
     if request.tokens and run.phases:
         notes.append(f"tokens is given: all of them as in phase {main.name}; without it, each phase is priced")
+    config, recorded = main.config, None
+    if request.routing:
+        recorded = read(request.routing, run.model)
+        if term := config.stack.terms.get("imbalance"):
+            told = replace(term, source=f"recorded in {request.routing}, layer by layer")
+            config = replaced(config, "stack.terms", {**config.stack.terms, "imbalance": told})
     return Asked(
-        request=request, run=run, config=main.config, main=main.name, phases=() if request.tokens else stretches, words=tuple(words),
-        tokens=request.tokens or float(sum(phase.num_tokens for phase in stretches)), makes_batch=makes_batch, notes=notes,
-    )  # fmt: skip
+        request=request,
+        run=run,
+        config=config,
+        main=main.name,
+        phases=() if request.tokens else stretches,
+        tokens=request.tokens or float(sum(phase.num_tokens for phase in stretches)),
+        words=tuple(words),
+        makes_batch=makes_batch,
+        recorded=recorded,
+        notes=notes,
+    )
 
 
 def _shape(words: list[str], config_dir: str | None) -> tuple[int, int, int]:

@@ -49,28 +49,33 @@ StageSteps = tuple[Compute | Exchange, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """`rows`: of the rank whose experts have the most, over the mean; all wait for it in every exchange. `compute`, `links`: times what
-    kernels, and exchanges, would take."""
+    """`rows`: of the rank whose experts have the most, over the mean, in all MoE layers or in each; all wait for it in every exchange.
+    `compute`, `links`: times what kernels, and exchanges, would take."""
 
-    rows: float = 1.0
+    rows: float | tuple[float, ...] = 1.0
     compute: float = 1.0
     links: float = 1.0
+
+    def of(self, moe_layer: int) -> float:
+        """`rows` of one layer; a dense block, whose number is below 0, has none."""
+        return self.rows if not isinstance(self.rows, tuple) else self.rows[moe_layer] if moe_layer >= 0 else 1.0
 
 
 def stages(config: Config, rates: Rates, load: Load, layers: Sequence[range]) -> list[StageSteps]:
     """Of every pipeline stage; `layers`: those of each."""
     m, slower = config.model, load.compute
-    block = cache(lambda kind: _block(config, rates, load, kind))  # blocks of a kind are alike
+    alike = cache(lambda kind, rows: _block(config, rates, replace(load, rows=rows), kind))  # blocks of a kind, with as many rows
+    block = lambda layer: alike(min(layer, m.num_dense_layers), load.of(layer - m.num_dense_layers))
     made = []
     for index, blocks in enumerate(layers):
         first, last = index == 0, index == len(layers) - 1
         steps: list[Compute | Exchange] = [_ends(config, rates, slower, "embed")] if first else []
         for layer in (layer for layer in blocks if layer < m.num_layers):
-            steps += block(min(layer, m.num_dense_layers))
+            steps += block(layer)
         if last:
             steps.append(_ends(config, rates, slower, "head"))
             for layer in (layer for layer in blocks if layer >= m.num_layers):
-                steps += [_ends(config, rates, slower, "predict"), *block(min(layer, m.num_dense_layers))]
+                steps += [_ends(config, rates, slower, "predict"), *block(layer)]
         made.append(tuple(steps))
     return made
 

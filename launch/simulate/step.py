@@ -12,7 +12,7 @@ from functools import lru_cache
 from statistics import NormalDist
 
 from ...conf.errors import ConfigError, most_like
-from ...conf.schema import Config, TermConfig
+from ...conf.schema import Config
 from ...parallel.schedule import SCHEDULES
 from ...parallel.schedule.ops import Lists
 from ...parallel.timeline import Order, Span, Timeline, order, simulate
@@ -20,6 +20,7 @@ from ...train import cost
 from ...train.rank_share import all_actions, stage_layers
 from .actions import Cost, RankCosts
 from .rates import Rates
+from .recorded import Recorded
 from .stage import Load, micro_batch_tokens, stages
 from .teams import as_teams
 
@@ -62,7 +63,7 @@ class Conditions:
 
     kernels: float = 1.0  # times what compute takes
     links: float = 1.0  # times what exchanges take
-    imbalance: float = 1.0  # rows of the busiest rank's experts, of the mean
+    imbalance: float | tuple[float, ...] = 1.0  # rows of the busiest rank's experts, of the mean; in all MoE layers, or in each
     pipeline_traffic: float = 1.0  # times a transfer's time
     jitter: float = 0.0  # standard deviation of devices' speed, of itself: every exchange and every reduction waits for the slowest
     host_stalls: float = 0.0  # share of the step
@@ -99,22 +100,27 @@ def _order(schedule: str, pp: int, chunks: int, num: int) -> Order:
     return order(all_actions(schedule, pp, chunks, num))
 
 
-def project_step(config: Config, *, terms: bool = True) -> StepEstimate:
-    """Of a configuration that `validate` passes. `terms=False`: the ideal step alone. Raises ConfigError for a term that is none."""
+def project_step(config: Config, *, terms: bool = True, recorded: Recorded | None = None) -> StepEstimate:
+    """Of a configuration that `validate` passes. `terms=False`: the ideal step alone. `recorded`: routing, in place of the term imbalance.
+    Raises ConfigError for a term that is none."""
     job = Job.of(config)
     seconds, parts, timeline = _simulate(job, Conditions())
-    found = {name: _term(job, name, term, seconds) for name, term in config.stack.terms.items()} if terms else {}
+    values = {name: (term.low, term.likely, term.high) for name, term in config.stack.terms.items()} if terms else {}
+    if recorded and "imbalance" in values:
+        values["imbalance"] = recorded.spread(config)
+    found = {name: _term(job, name, ends, seconds) for name, ends in values.items()}
     return StepEstimate(
         ideal=seconds, expected=_sum(seconds, found), parts=parts, terms=found, timeline=timeline, tokens=config.train.global_batch_tokens
     )
 
 
-def _term(job: Job, name: str, term: TermConfig, ideal: float) -> Interval:
+def _term(job: Job, name: str, ends: tuple, ideal: float) -> Interval:
+    """`ends`: what the condition is at least, likely, and at most."""
     known = tuple(Conditions.__dataclass_fields__)
     if name not in known:
         raise ConfigError(f"stack.terms.{name}", name, f"is no term: there are {', '.join(known)}", most_like(name, known))
-    at = {value: _simulate(job, Conditions(**{name: value}))[0] - ideal for value in {term.low, term.likely, term.high}}
-    return Interval(low=min(at.values()), likely=at[term.likely], high=max(at.values()))
+    at = {value: _simulate(job, Conditions(**{name: value}))[0] - ideal for value in set(ends)}
+    return Interval(low=min(at.values()), likely=at[ends[1]], high=max(at.values()))
 
 
 def _sum(seconds: float, terms: Mapping[str, Interval]) -> Interval:

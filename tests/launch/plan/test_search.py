@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from shoestring.conf.rules import replaced
 from shoestring.launch.plan.layouts import RECOMPUTE, Layout, candidates
 from shoestring.launch.plan.request import ask, parse
-from shoestring.launch.plan.search import Bounds, fullest_rank, must_fit, search
+from shoestring.launch.plan.search import Bounds, fullest_rank, search
 from shoestring.launch.simulate import project_step
 from shoestring.launch.validate import validate
 from shoestring.parallel.schedule import SCHEDULES
@@ -17,7 +17,7 @@ SMALL = "model=moonlight model.num_layers=8 data.seq_len=4096 train.global_batch
 # Experts over nodes and in one, FP8 and not, prediction modules, one dense model, slow and fast links.
 RUNS = [
     f"{SMALL} cluster=h100 precision=bf16 gpus=32",
-    f"{SMALL} cluster=h800 precision=fp8 gpus=16 model.mtp_depth=1",
+    f"{SMALL} cluster=h800 precision=fp8 gpus=16 model.mtp_depth=1 cluster.inter_node_gb_s=20",
     "model=small cluster=a100 precision=bf16 gpus=8 train.global_batch_tokens=262144",
     "model=llama3_405b model.num_layers=8 model.num_dense_layers=8 cluster=b200 precision=fp8 gpus=16 train.global_batch_tokens=1048576",
 ]
@@ -52,7 +52,7 @@ def test_bounds_are_near_where_little_is_lost():
 
 
 def test_what_is_found_fits_with_the_least_recomputation():
-    size = lambda c: max(rank_memory(c, rank, imbalance=must_fit(c)).total for rank in range(c.parallel.pp))
+    size = lambda c: max(rank_memory(c, rank, imbalance=c.stack.terms["imbalance"].high).total for rank in range(c.parallel.pp))
     used = set()
     for gb in (30, 50, 80):
         config, gpus = configured(f"{SMALL} cluster=h100 precision=bf16 gpus=8 cluster.memory_gb={gb}")
@@ -65,6 +65,19 @@ def test_what_is_found_fits_with_the_least_recomputation():
             used.add(priced.layout.recompute)
         assert found.best and (found.smallest is None or found.smallest[1] > gb * 1e9)
     assert len(used) > 1 and () in used
+
+
+def test_what_is_said_not_to_fit_does_not():
+    """Every layout is tried: those that are left out for their size are those that do not fit even where all is computed again."""
+    config, gpus = configured(f"{SMALL} cluster=h100 precision=bf16 gpus=8 cluster.memory_gb=30 parallel.pp=2")
+    fixed = frozenset({"parallel.pp"})
+    found = search(config, gpus, fixed=fixed, keep=10_000, most=10_000)
+    sizes = [
+        fullest_rank(replaced(layout.apply(config), "train.recompute", RECOMPUTE[-1]), config.stack.terms["imbalance"].high).total
+        for layout in candidates(config, gpus, fixed)
+    ]
+    assert 0 < found.too_large == sum(size > 30e9 for size in sizes) < len(sizes) == found.tried and found.exhausted
+    assert found.smallest[1] == min(size for size in sizes if size > 30e9)
 
 
 def test_what_the_user_has_set_stays():
