@@ -427,6 +427,11 @@ class Config(Section):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     stack: StackConfig = field(default_factory=StackConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    # What the run may cost, restarts and lost work included; then it saves and stops. 0: no limit.
+    budget_usd: float = 0.0
+    budget_gpu_hours: float = 0.0
+    max_tokens: int = 0
+    deadline: str = ""  # ISO 8601, such as 2026-12-24T18:00+01:00
     phases: dict[str, "Config"] = field(default_factory=dict)
 
     @property

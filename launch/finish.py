@@ -21,7 +21,9 @@ def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
         upcoming = phase_at(config, outcome.step).name
         return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} process{'es' * (outcome.wants > 1)}"
     lines = [*_facts(outcome.summary, total), f"report    {write_report(config.run_dir)}"]
-    if outcome.step < total:
+    if outcome.spent:
+        lines.append(f"stopped at step {outcome.step} of {total}, {outcome.spent}. With more of it, to go on:\n  {again}")
+    elif outcome.step < total:
         lines.append(f"{'stopped' if outcome.stopped else 'paused'} at step {outcome.step} of {total}. To go on:\n  {again}")
     elif config.phases or config.train.tokens:
         lines.append("complete")

@@ -65,6 +65,8 @@ def run(config: Config, place: Place, command: Sequence[str], train: Train = tra
             _say(conclude(config, outcome, command))
     except BaseException as error:
         return _report(error, place, failures, flight)
+    if outcome.spent:
+        return exit_codes.BUDGET
     if outcome.stopped:
         return exit_codes.PREEMPTED
     return exit_codes.OTHER_SIZE if outcome.wants else exit_codes.OK

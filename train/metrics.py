@@ -46,6 +46,7 @@ class StepRecord:
     mfu: float | None = None  # 0 to 1; None where the device's peak at this precision is unknown
     seconds: float  # wall time that the devices were held since the run began: restarts, evaluations and lost steps included
     dollars: float  # what those seconds cost
+    gpu_hours: float | None = None  # likewise, of all devices
     dollars_per_billion_tokens: float  # at this step's speed
     eta_seconds: float | None = None  # until the run's last step
     eval_loss: float | None = None  # held-out split; None unless evaluated after this step
@@ -232,6 +233,7 @@ class Rewound:
     session: int  # the new session's number
     seconds: float  # held so far, for steps kept and lost
     dollars: float  # spent on them
+    gpu_hours: float = 0.0  # likewise
     kept: int  # records
     lost: int
 
@@ -259,9 +261,10 @@ def rewind(path: str | Path, step: int) -> Rewound:
         replace_file(lost_path, before + "".join(lost))
     if "".join(kept) != text:
         replace_file(path, "".join(kept))
+    most = lambda name: max((getattr(r, name) or 0.0 for r in seen), default=0.0)
     return Rewound(
-        session=1 + max((r.session for r in seen), default=-1), seconds=max((r.seconds for r in seen), default=0.0),
-        dollars=max((r.dollars for r in seen), default=0.0), kept=len(kept), lost=len(lost),
+        session=1 + max((r.session for r in seen), default=-1), seconds=most("seconds"), dollars=most("dollars"), gpu_hours=most("gpu_hours"),
+        kept=len(kept), lost=len(lost),
     )  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Over ranks: how many were asked to stop; whether it is time to save (the first rank's clock says); how many are done with the last save.
-SUMS = ("stop", "save", "saved")
+# Over ranks: how many were asked to stop; whether it is time to save, and whether the budget is spent (the first rank says); how many are
+# done with the last save.
+SUMS = ("stop", "save", "saved", "spent")
 # Of each rank: its peak, bytes; whether its memory changed between two updates; what its dense weights, and its experts', add up to.
 EACH = ("memory", "changed", "dense", "experts")
 

@@ -23,6 +23,7 @@ from ..conf.schema import Config, ConfigError
 from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
 from . import cost, left_out, metrics, units
+from .budget import Budget
 from .checkpoint.checkpointer import Checkpointer, read_extra
 from .checkpoint.folder import mend, torn
 from .checkpoint.manifest import CheckpointError, DamagedError
@@ -47,7 +48,8 @@ class Outcome:
 
     summary: Summary | None
     step: int
-    stopped: bool  # by `stop()`: saved, and to be continued
+    stopped: bool  # by `stop()`, or with the budget: saved, and to be continued
+    spent: str = ""  # which limit of the budget the run has come to
     wants: int = 0  # ranks that the next phase runs on, where they are not as many as these; else 0
 
 
@@ -81,7 +83,7 @@ class _Session:
     ):
         self.config, self.device, self.stop, self.log, self.watch, self.beat = config, device, stop, log, watch, beat
         self.began = self.told = time.monotonic()
-        self.guard = Guard(config.guard)
+        self.guard, self.budget, self.spent = Guard(config.guard), Budget(config, log), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
@@ -240,9 +242,12 @@ class _Session:
         last = num_steps(c)
         if c.train.stop_after:
             last = min(last, self.progress.step + c.train.stop_after)
+        self.spent = self._of_first(self._unaffordable) or ""
+        stopping = bool(self.spent)
         self.sinks = self._open_sinks()
         try:
             while self.progress.step < last and not stopping and not wants:
+                began = time.monotonic()
                 try:
                     record, sums = self._step()
                 except GoBack as error:
@@ -250,20 +255,44 @@ class _Session:
                     continue
                 self.sinks.write(record)
                 self.beat("checkpoint")
-                step, stopping = self.progress.step, sums["stop"] > 0
+                step, stopping = self.progress.step, sums["stop"] > 0 or self._budget_is_spent(sums)
                 due, over = self.saves.due(step, sums, dist.get_world_size()), step == self.phase.end_step
                 if stopping or over or step == last:
                     self.saves.save_last(step, self._state)
                     saved = step
                 elif due:
                     self.saves.save(step, self._state)
+                self.budget.step_took(time.monotonic() - began)
                 if over and self.progress.step < last and not stopping:
                     wants = self._go_on()
             self.beat("end")
         finally:
             self.sinks.close()
         assert saved == self.progress.step
-        return Outcome(summary=self._summary(), step=self.progress.step, stopped=stopping, wants=wants)
+        return Outcome(summary=self._summary(), step=self.progress.step, stopped=stopping, spent=self.spent * stopping, wants=wants)
+
+    def _unaffordable(self) -> str | None:
+        """On the first rank, what no further step can be paid for."""
+        _, dollars, gpu_hours = self._spent_so_far()
+        self.spent = self.budget.spent(budget_usd=dollars, budget_gpu_hours=gpu_hours) or ""
+        return self.spent or None
+
+    def _spent_so_far(self) -> tuple[float, float, float]:
+        """Seconds that the devices were held, restarts and lost work included; dollars and GPU-hours of them."""
+        held, devices = time.monotonic() - self.began, cost.num_devices(self.phase.config)
+        dollars = cost.dollars(held, devices, self.phase.config.cluster)
+        return self.past.seconds + held, self.past.dollars + dollars, self.past.gpu_hours + held * devices / 3600
+
+    def _budget_is_spent(self, sums: dict[str, float]) -> bool:
+        """Alike on all ranks."""
+        c, p = self.config, self.progress
+        if c.max_tokens and p.step < num_steps(c) and p.tokens + phase_at(c, p.step).batch_tokens(p.step) > c.max_tokens:
+            self.spent = f"max_tokens={c.max_tokens}: {units.count(p.tokens)} are trained, and the next step's would be too many"
+        elif sums["spent"] and not self.spent:
+            self.spent = "budget"
+        if self.spent:
+            self.log(f"stopping: {self.spent}")
+        return bool(self.spent)
 
     def _go_on(self) -> int:
         """Into the next phase; or the number of ranks that it wants, if that is another."""
@@ -329,7 +358,8 @@ class _Session:
     def _attempt(self, samples: np.ndarray) -> tuple[Gradients, Heard, str | None]:
         if self.part.engine.sentinel:
             self.part.engine.sentinel.wake(self.progress.step)
-        found = self.part.gradients(self.progress.step, samples, stop=self.stop(), **self.saves.signals())
+        signals = {"stop": self.stop(), "spent": self.is_main and self._unaffordable() is not None, **self.saves.signals()}
+        found = self.part.gradients(self.progress.step, samples, **signals)
         heard = unpack(found.flags)
         if changed := self.part.changed(heard):
             raise GoBack(changed, without_since=False)
@@ -366,7 +396,7 @@ class _Session:
         self.told = time.monotonic()
         sentinel = self.part.engine.sentinel
         c, p, loads = self.phase.config, self.progress, result.loads.tolist()
-        devices, held = cost.num_devices(c), time.monotonic() - self.began
+        devices, (held, dollars, gpu_hours) = cost.num_devices(c), self._spent_so_far()
         speed = result.tokens / seconds
         max_vio = metrics.max_violation(loads)
         return StepRecord(
@@ -386,8 +416,9 @@ class _Session:
             tokens_per_second=speed,
             tokens_per_second_per_gpu=speed / devices,
             mfu=cost.mfu(speed / devices, c),
-            seconds=self.past.seconds + held,
-            dollars=self.past.dollars + cost.dollars(held, devices, c.cluster),
+            seconds=held,
+            dollars=dollars,
+            gpu_hours=gpu_hours,
             dollars_per_billion_tokens=cost.dollars_per_billion_tokens(speed / devices, c.cluster),
             eta_seconds=max(0, num_tokens(self.config) - p.tokens) / speed,
             eval_loss=held_out.loss if held_out else None,

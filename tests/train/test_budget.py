@@ -1,0 +1,76 @@
+"""What a run may cost: warned of at fractions, stopped before it is overspent, saved; and not begun again without more."""
+
+import datetime
+import re
+
+import pytest
+import torch
+from shoestring.conf.compose import load
+from shoestring.conf.errors import ConfigError
+from shoestring.launch.local import fork_ranks
+from shoestring.train import trainer
+from shoestring.train.budget import Budget, seconds_until
+from shoestring.train.metrics import read_records
+
+WORDS = [
+    "model=micro", "data=synthetic", "data.seq_len=16", "train.global_batch_tokens=64", "train.steps=400", "optim.warmup_steps=2",
+    "checkpoint.interval=0", "launch.log_interval=100",
+]  # fmt: skip
+
+
+def job(words):
+    said = []
+    return trainer.run(load(words), torch.device("cpu"), log=said.append), said
+
+
+@pytest.fixture
+def session(tmp_path):
+    def start(*words):
+        words = [*WORDS, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", *words]
+        (outcome, said), *_ = fork_ranks(load(words).parallel.world_size, job, words)
+        return outcome, said, read_records(tmp_path / "run" / "metrics.jsonl")
+
+    return start
+
+
+def test_dollars_across_sessions(session):
+    """A dollar a second, for two ranks: five seconds' worth; then nothing is trained until there is more."""
+    price = ("parallel.ep=2", "cluster.price_per_gpu_hour=1800")
+    outcome, said, records = session(*price, "budget_usd=5")
+    assert outcome.stopped and outcome.spent.startswith("budget_usd=5") and 0 < outcome.step < 400
+    assert records[-1].dollars < 5 and records[-1].gpu_hours == pytest.approx(records[-1].dollars / 1800)
+    assert any("% of budget_usd is spent" in line for line in said)
+    again, _, same = session(*price, "budget_usd=5")
+    assert again.step == outcome.step and again.spent and len(same) == len(records)
+    more, _, grown = session(*price, "budget_usd=5", "max_tokens=100000", "budget_gpu_hours=0.0035")
+    assert more.step == outcome.step and more.spent
+    further, _, grown = session(*price, "budget_usd=8")
+    assert further.step > outcome.step and grown[-1].dollars < 8
+
+
+def test_tokens(session):
+    outcome, _, records = session("max_tokens=700")
+    assert outcome.step == 10 and records[-1].tokens == 640 and outcome.spent.startswith("max_tokens=700")
+    assert session("max_tokens=700", "train.steps=10")[0].spent == ""  # that is the run's end
+
+
+def test_deadline(session):
+    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=6)
+    outcome, _, records = session(f"deadline='{soon.isoformat()}'")
+    assert outcome.spent.startswith("deadline") and records[-1].time_unix < soon.timestamp()
+
+
+def test_parts(monkeypatch):
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc).timestamp()
+    assert seconds_until("2026-01-01T02:00+01:00", now) == 3600
+    with pytest.raises(ConfigError, match=r"deadline.*ISO 8601.*nearest.*2026|deadline = tomorrow"):
+        seconds_until("tomorrow", now)
+    said, time = [], [0.0]
+    budget = Budget(load([*WORDS, "budget_gpu_hours=1"]), said.append, clock=lambda: time[0])
+    assert budget.spent(budget_usd=0, budget_gpu_hours=0.4) is None and said == []
+    assert budget.spent(budget_usd=0, budget_gpu_hours=0.81) is None
+    assert budget.spent(budget_usd=0, budget_gpu_hours=0.82) is None
+    assert len(said) == 1 and re.match(r"warning: 80 % of budget_gpu_hours is spent: 0.81 GPU-hours of 1 ", said[0])
+    budget.step_took(360)
+    assert budget.spent(budget_usd=0, budget_gpu_hours=0.79) is None  # two more such steps fit
+    assert budget.spent(budget_usd=0, budget_gpu_hours=0.81).startswith("budget_gpu_hours=1: 0.81")
