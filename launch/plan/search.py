@@ -84,7 +84,9 @@ def _priced(config: Config, layout: Layout, found: Search, *, recompute_fixed: b
         if recompute == choices[-1] and fullest.total > capacity:
             found.too_large += 1
             if found.smallest is None or fullest.total < found.smallest[1]:
-                found.smallest = chosen, fullest.total
+                whole = fullest_rank(tried, imbalance).total  # of the ranks that were not looked at, too
+                if found.smallest is None or whole < found.smallest[1]:
+                    found.smallest = chosen, whole
             return None
         if recompute != choices[-1] and fullest.total <= capacity:
             break

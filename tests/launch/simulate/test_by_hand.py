@@ -116,6 +116,13 @@ def test_reduction_update_and_the_way_back():
     assert tail.update == pytest.approx((params / 8 * (4 * 2 + 4 + 2 * 2 * 2 + 2) + params * 4) / rate)
 
 
+def test_who_owns_what_of_both_directions():
+    """DualPipe on two ranks: each holds both stages, and so all parameters, of which 2 x 4 ranks own an eighth each."""
+    job = Job.of(configured("parallel.pp=2 parallel.edp=4 parallel.schedule=dualpipe"))
+    both, alone = (_Tail.of(j, _simulate(j, Conditions())[2].spans[0]) for j in (job, Job.of(configured("parallel.edp=8"))))
+    assert both.update == pytest.approx(alone.update)
+
+
 def test_stages_are_reduced_from_their_last_action_on():
     """Two stages of one rank, interleaved: both reductions, the second after the first where that is still under way."""
     job = Job.of(configured("parallel.pp=2 parallel.edp=4 parallel.schedule=interleaved_1f1b parallel.chunks=2"))
