@@ -234,6 +234,7 @@ class Rewound:
     seconds: float  # held so far, for steps kept and lost
     dollars: float  # spent on them
     gpu_hours: float = 0.0  # likewise
+    step_seconds: float = 0.0  # the longest of the last steps
     kept: int  # records
     lost: int
 
@@ -263,8 +264,8 @@ def rewind(path: str | Path, step: int) -> Rewound:
         replace_file(path, "".join(kept))
     most = lambda name: max((getattr(r, name) or 0.0 for r in seen), default=0.0)
     return Rewound(
-        session=1 + max((r.session for r in seen), default=-1), seconds=most("seconds"), dollars=most("dollars"), gpu_hours=most("gpu_hours"),
-        kept=len(kept), lost=len(lost),
+        session=1 + max((r.session for r in seen), default=-1), seconds=most("seconds"), dollars=most("dollars"),
+        gpu_hours=most("gpu_hours"), step_seconds=max((r.step_seconds for r in seen[-16:]), default=0.0), kept=len(kept), lost=len(lost),
     )  # fmt: skip
 
 

@@ -242,6 +242,7 @@ class _Session:
         last = num_steps(c)
         if c.train.stop_after:
             last = min(last, self.progress.step + c.train.stop_after)
+        self.budget.step_took(self.past.step_seconds)
         self.spent = self._of_first(self._unaffordable) or ""
         stopping = bool(self.spent)
         self.sinks = self._open_sinks()
