@@ -123,6 +123,15 @@ def test_who_owns_what_of_both_directions():
     assert both.update == pytest.approx(alone.update)
 
 
+def test_weights_are_cast_once_a_step():
+    """FP8: all that a rank holds, BF16 read and two casts of a byte written."""
+    plain, fp8 = (_Tail.of(job, _simulate(job, Conditions())[2].spans[0]).update for job in map(Job.of, (
+        configured("parallel.edp=8"), configured("parallel.edp=8", "precision=fp8"))))  # fmt: skip
+    c = configured("parallel.edp=8")
+    rate = c.cluster.memory_tb_s * 1e12 * c.cluster.rates.memory["quantise"]
+    assert fp8 - plain == pytest.approx(cost.num_params(c.model).trained * 4 / rate)
+
+
 def test_stages_are_reduced_from_their_last_action_on():
     """Two stages of one rank, interleaved: both reductions, the second after the first where that is still under way."""
     job = Job.of(configured("parallel.pp=2 parallel.edp=4 parallel.schedule=interleaved_1f1b parallel.chunks=2"))
