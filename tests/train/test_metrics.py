@@ -111,13 +111,13 @@ def test_rewind_moves_what_a_restart_will_do_again(tmp_path):
     whole = path.read_text()
     path.write_text(whole + '{"step":8,"tok')  # killed while it wrote
     result = JsonlSink.rewind(path, 4)
-    assert result == metrics.Rewound(session=1, seconds=21.0, dollars=3.5, kept=4, lost=3)
+    assert result == metrics.Rewound(session=1, seconds=21.0, dollars=3.5, step_seconds=2.0, kept=4, lost=3)
     assert path.read_text() + lost.read_text() == whole
     write(path, [record(5, session=1, dollars=4.0, seconds=24.0)])
     assert [r.step for r in metrics.read_records(path)] == [1, 2, 3, 4, 5]
     # A second restart before any step was recorded still knows what was spent.
-    assert metrics.rewind(path, 4) == metrics.Rewound(session=2, seconds=24.0, dollars=4.0, kept=4, lost=1)
-    assert metrics.rewind(path, 4) == metrics.Rewound(session=2, seconds=24.0, dollars=4.0, kept=4, lost=0)
+    assert metrics.rewind(path, 4) == metrics.Rewound(session=2, seconds=24.0, dollars=4.0, step_seconds=2.0, kept=4, lost=1)
+    assert metrics.rewind(path, 4) == metrics.Rewound(session=2, seconds=24.0, dollars=4.0, step_seconds=2.0, kept=4, lost=0)
     assert [r.step for r in metrics.read_records(lost)] == [5, 6, 7, 5]
 
 
