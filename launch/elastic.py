@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from ..conf import rules
 from ..conf.errors import ConfigError, closest, divisors
@@ -139,6 +140,9 @@ def main(argv: Sequence[str]) -> int:
         code = error.get_first_failure()[1].exitcode
     except SignalException as error:
         code = 128 + error.sigval
+    except RendezvousError as error:
+        print(f"error: no rendezvous ({error}): is the machine of --rdzv-endpoint there? Start again with one that is", file=sys.stderr)
+        code = exit_codes.LOST
     told = ended.take()
     return told if told is not None and code else code if 0 <= code < 256 else exit_codes.LOST
 

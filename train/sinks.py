@@ -162,7 +162,8 @@ class ConsoleSink(Sink):
 class WandbSink(Sink):
     """Weights & Biases: `disabled`, `offline` (sync later with `wandb sync`) or `online`. A resumed run continues the same W&B run.
 
-    Its id is kept in `wandb_id.txt` of the run directory. Nothing waits longer than `timeout_s` for the server.
+    Its id is kept in `wandb_id.txt` of the run directory. Nothing waits longer than `timeout_s` for the server: where it does not answer
+    at the start, this session's records stay on this machine, as with `offline`.
     """
 
     hint = "launch.wandb=offline records on this machine, for `wandb sync` later; launch.wandb=disabled does without."
@@ -172,7 +173,18 @@ class WandbSink(Sink):
         if mode == "disabled":
             self._stopped = True
             return
-        self._guard(self._start, config, Path(run_dir), mode, project, timeout_s)
+        self._guard(self._reach, config, Path(run_dir), mode, project, timeout_s)
+
+    def _reach(self, config: Config, run_dir: Path, mode: str, project: str, timeout_s: float) -> None:
+        try:
+            self._start(config, run_dir, mode, project, timeout_s)
+        except Exception as error:
+            if mode != "online" or isinstance(error, ImportError):
+                raise
+            sys.modules["wandb"].teardown()  # its process still has the run that it could not begin
+            self._start(config, run_dir, "offline", project, timeout_s)
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(f"W&B does not answer ({why}): this session is kept in {run_dir / 'wandb'}; `wandb sync` sends it later", file=sys.stderr)
 
     def _start(self, config: Config, run_dir: Path, mode: str, project: str, timeout_s: float) -> None:
         import wandb  # 1 s of imports that runs without it need not pay

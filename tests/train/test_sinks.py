@@ -129,6 +129,9 @@ class FakeWandb:
     def finish(self):
         self.finished += 1
 
+    def teardown(self):
+        self.torn_down = True
+
 
 def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
     fake = FakeWandb()
@@ -141,6 +144,28 @@ def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
     assert first["id"] == second["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert first["resume"] == "allow" and first["settings"]["init_timeout"] == first["settings"]["finish_timeout"] == 7
     assert [v["step"] for v in fake.logged] == [1, 2] and fake.metrics[0] == ("*", "step") and fake.finished == 2
+
+
+def test_a_server_that_does_not_answer_is_done_without(tmp_path, monkeypatch, capsys):
+    """Said once; the session is kept for `wandb sync`."""
+
+    class Unreachable(FakeWandb):
+        def init(self, **options):
+            super().init(**options)
+            if options["mode"] == "online":
+                raise RuntimeError("run initialization has timed out after 20.0 sec.\nand more")
+            return self
+
+    monkeypatch.setitem(sys.modules, "wandb", fake := Unreachable())
+    sink = sinks.WandbSink(load([]), tmp_path, mode="online", project="p")
+    sink.write(record(1))
+    sink.write(record(2))
+    sink.close()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "timed out after 20.0 sec.)" in error and "wandb sync" in error
+    assert [options["mode"] for options in fake.inits] == ["online", "offline"] and len({o["id"] for o in fake.inits}) == 1
+    assert [v["step"] for v in fake.logged] == [1, 2] and fake.finished == 1
+    assert fake.torn_down
 
 
 def test_a_wandb_that_cannot_start_is_not_fatal(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""One source, tokenised once, as memory-mapped files that any number of processes may build and read together.
+"""One source, tokenised once, as files that any number of processes may build and read together.
 
 A source's folder holds, for piece p, `p.train.bin` and `p.eval.bin` (token ids, little-endian, documents end to end, each followed by
 the end-of-document id), `p.bad.jsonl` where documents were unusable, and last `p.json`: a piece without it is not finished.
@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from . import fim
-from .documents import Bad, Document, Piece, Source, read_hopefully
+from .documents import Bad, DataError, Document, Piece, Source, read_hopefully
+from .patience import PAUSES_S, patiently
 from .tokenizer import Tokenizer, canonical_hash, write_atomically
 
 FORMAT = 1  # part of every key: raise it when the bytes change
@@ -86,7 +87,8 @@ class SourceCache:
                             if claim is not Claim.TAKEN and self.record(p) is None:
                                 if claim is Claim.MINE:
                                     self._remove_leftovers(p)
-                                self._build_piece(p, pool, workers, log)
+                                what = f"data source {self.source.name}, piece {p + 1}"
+                                patiently(lambda p=p: self._build_piece(p, pool, workers, log), what)
 
     def _remove_leftovers(self, p: int) -> None:
         """Temporary files of a builder that died here."""
@@ -157,19 +159,39 @@ class TokenStream:
     """The tokens of one split of a source, all pieces end to end, as if they were one array."""
 
     def __init__(self, cache: SourceCache, split: str, lengths: list[int]):
+        self._dtype = cache.dtype
         self._files = [cache.path(p, f"{split}.bin") for p, n in enumerate(lengths) if n]
-        self._arrays = [np.memmap(path, dtype=cache.dtype, mode="r") for path in self._files]
-        self._ends = np.cumsum([len(a) for a in self._arrays], dtype=np.int64)
-        self.num_tokens = int(self._ends[-1]) if self._arrays else 0
+        self._ends = np.cumsum([n for n in lengths if n], dtype=np.int64)
+        self.num_tokens = int(self._ends[-1]) if self._files else 0
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill the int64 array `out` with the tokens from `start` on."""
+        """Fill the int64 array `out` with the tokens from `start` on. Raises DataError where a file cannot be read, after some tries."""
         p, filled = int(np.searchsorted(self._ends, start, side="right")), 0
         offset = start - (int(self._ends[p - 1]) if p else 0)
         while filled < len(out):
-            part = self._arrays[p][offset : offset + len(out) - filled]
+            held = int(self._ends[p]) - (int(self._ends[p - 1]) if p else 0)
+            part = self._read(self._files[p], offset, min(held - offset, len(out) - filled))
             out[filled : filled + len(part)] = part
             filled, p, offset = filled + len(part), p + 1, 0
+
+    def _read(self, path: Path, offset: int, count: int) -> np.ndarray:
+        """Not mapped into memory: there a disk that fails ends the process, here it is an error."""
+        size = self._dtype.itemsize
+
+        def once() -> bytes:
+            with open(path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), count * size, offset * size)
+
+        try:
+            data = patiently(once, str(path), again=lambda error: isinstance(error, OSError))  # whatever an absent file system answers
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}; {len(PAUSES_S) + 1} tries in {sum(PAUSES_S):g} s. "
+                            "Is its file system there? The run goes on from its checkpoint when it is") from error  # fmt: skip
+        if len(data) != count * size:
+            raise DataError(
+                f"{path} was cut: it ends before token {offset + count}; delete {path.parent} and run again, it will be rebuilt"
+            )
+        return np.frombuffer(data, dtype=self._dtype)
 
     def file_of(self, token: int) -> Path:
         return self._files[int(np.searchsorted(self._ends, token, side="right"))]
