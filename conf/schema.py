@@ -280,7 +280,7 @@ class TrainConfig(Section):
 @dataclass(kw_only=True)
 class CheckpointConfig(Section):
     interval: int = 100  # steps; 0: not by steps. One is always written at the end
-    interval_seconds: float = 0.0  # likewise, of the first rank's clock, at the end of the step in which they have passed; 0: not by time
+    interval_seconds: float = 0.0  # on the first rank's clock, after the first step that begins when they have passed; 0: not by time
     optimal_interval: bool = False  # as often as costs least, by what saves are measured to cost and cluster.mttf_gpu_hours
     keep_last: int = 2
     async_save: bool = True

@@ -132,8 +132,7 @@ class Checkpointer:
             self._check_room(chunks)
             dcp.save(chunks, storage_writer=writer, planner=ChunkSavePlanner(), process_group=self.group, no_dist=not dist.is_initialized())
         except CheckpointException as error:
-            if self._rank() == 0:  # by now no rank writes any more
-                folders.abandon(unfinished)
+            self._from_first(partial(folders.abandon, unfinished))  # no rank writes any more, and none goes on before
             causes = _causes(error)
             kind = SaveError if all(isinstance(cause, (OSError, DamagedError)) for cause in causes.values()) else CheckpointError
             raise kind(f"the checkpoint of step {step} was not written to {self.folder}: {_first(causes)}") from error

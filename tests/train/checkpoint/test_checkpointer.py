@@ -22,7 +22,7 @@ from shoestring.parallel.optimizer.make import make_optimizer
 from shoestring.parallel.optimizer.zero import Chunk, Spec, may_lack
 from shoestring.train.checkpoint import folder as folder_module
 from shoestring.train.checkpoint import manifest as manifest_module
-from shoestring.train.checkpoint.checkpointer import Archive, Checkpointer, SaveError, names, read_extra, read_full
+from shoestring.train.checkpoint.checkpointer import Archive, Checkpointer, names, read_extra, read_full
 from shoestring.train.checkpoint.folder import find_latest
 from shoestring.train.checkpoint.manifest import CheckpointError, DamagedError, read_manifest
 from torch import nn
