@@ -58,7 +58,7 @@ def run(config: Config, place: Place, command: Sequence[str], train: Train = tra
     try:
         chosen = device.start(config, place)
         beat = _join(config, place, chosen, flight)
-        outcome = train(config, chosen, stop=stop, log=_say, beat=beat)
+        outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place))
         world.leave()
         tidy(flight, place.rank)
         if place.rank == 0:
@@ -85,6 +85,11 @@ def flight_folder(run_dir: Path, failures: Path | None = None) -> Path:
     """Where the ranks of one try leave what they were at when they lost each other; each has its own, so that they stay."""
     part = failures.name if failures else environment.restart()
     return run_dir / "flight" / part if part else run_dir / "flight"
+
+
+def _job(place: Place) -> str:
+    """A name that all sessions of one job share: torchrun's, or the process of our launcher."""
+    return environment.session() or str(os.getppid() if place.world_size > 1 else os.getpid())
 
 
 def _join(config: Config, place: Place, on: torch.device, flight: Path) -> Heartbeat:

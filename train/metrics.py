@@ -51,6 +51,7 @@ class StepRecord:
     eta_seconds: float | None = None  # until the run's last step
     eval_loss: float | None = None  # held-out split; None unless evaluated after this step
     eval_loss_by_source: dict[str, float] | None = None
+    eval_seconds: float | None = None  # that the evaluation took
     eval_bits_per_byte: float | None = None  # of held-out text; None also where the tokenizer's ids are no whole bytes
     balance_loss: float | None = None  # sequence-wise balance loss as added to the loss
     z_loss: float | None = None

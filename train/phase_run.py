@@ -5,6 +5,7 @@ Everything in it is constant but the weights: where the next phase differs, anot
 
 import math
 import resource
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ class Evaluation:
     loss: float
     by_source: dict[str, float]
     bits_per_byte: float | None
+    seconds: float  # that it took
 
 
 class PhaseRun:
@@ -109,6 +111,7 @@ class PhaseRun:
 
     def evaluate(self) -> Evaluation | None:
         """On `train.eval_sequences` held-out samples, shared among the sources (all, where there are fewer); None where there are none."""
+        began = time.monotonic()
         sums = {name: self._evaluate(samples) for name, samples in self.corpus.eval_plan(self.phase.config.train.eval_sequences).items()}
         if not sums:
             return None
@@ -117,6 +120,7 @@ class PhaseRun:
             loss=loss / tokens,
             by_source={name: loss / tokens for name, (loss, tokens, _) in sums.items()},
             bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None,
+            seconds=time.monotonic() - began,
         )
 
     def _evaluate(self, samples: range) -> tuple[float, int, int]:

@@ -5,6 +5,7 @@
 A new phase is a resume: the last one ends with a checkpoint, and the next one, perhaps of another layout, loads it.
 """
 
+import dataclasses
 import gc
 import math
 import time
@@ -22,7 +23,7 @@ from ..conf.phases import Phase, num_steps, num_tokens, phase_at
 from ..conf.schema import Config, ConfigError
 from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
-from . import cost, left_out, metrics, units
+from . import cost, ledger, left_out, metrics, units
 from .budget import Budget
 from .checkpoint.checkpointer import Checkpointer, read_extra
 from .checkpoint.folder import mend, torn
@@ -61,6 +62,7 @@ def run(
     log: Callable[[str], None] = print,
     watch: Watch | None = None,
     beat: Beat = silent,
+    job: str = "",
 ) -> Outcome:
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
@@ -68,7 +70,7 @@ def run(
     forward and backward, reduce, update, evaluation, checkpoint, end. Raises ConfigError, DataError, CheckpointError,
     FloatingPointError; whatever was saved before stays.
     """
-    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat).run()
+    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job).run()
 
 
 class _Session:
@@ -80,9 +82,11 @@ class _Session:
         log: Callable[[str], None],
         watch: Watch | None = None,
         beat: Beat = silent,
+        job: str = "",
     ):
         self.config, self.device, self.stop, self.log, self.watch, self.beat = config, device, stop, log, watch, beat
-        self.began = self.told = time.monotonic()
+        self.job, self.began = job, time.monotonic()
+        self.told = self.began
         self.guard, self.budget, self.spent = Guard(config.guard), Budget(config, log), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
@@ -103,7 +107,20 @@ class _Session:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics.replace_file(self.run_dir / "config.yaml", to_yaml(config))
             self.part.corpus.tokenizer.save(self.run_dir / "tokenizer.json")
-            self.past = metrics.rewind(self.metrics_path, self.progress.step)
+            self._begin_session(ledger.waited(self.run_dir, job, time.time() - (time.monotonic() - self.began)))
+
+    def _begin_session(self, waited: float = 0.0) -> None:
+        """On the first rank. `waited`: seconds since the last session's last sign of life."""
+        c = self.phase.config
+        devices, second = cost.num_devices(c), cost.dollars(1.0, cost.num_devices(c), c.cluster)
+        past = metrics.rewind(self.metrics_path, self.progress.step)
+        self.past = dataclasses.replace(
+            past, seconds=past.seconds + waited, dollars=past.dollars + waited * second, gpu_hours=past.gpu_hours + waited * devices / 3600
+        )
+        began = ledger.Began(
+            session=past.session, job=self.job, time_unix=time.time(), seconds=self.past.seconds, devices=devices, dollars=second
+        )
+        ledger.note(self.run_dir, began)
 
     @property
     def metrics_path(self) -> Path:
@@ -267,6 +284,7 @@ class _Session:
                 if over and self.progress.step < last and not stopping:
                     wants = self._go_on()
             self.beat("end")
+            self._end_session()
         finally:
             self.sinks.close()
         assert saved == self.progress.step
@@ -283,6 +301,12 @@ class _Session:
         held, devices = time.monotonic() - self.began, cost.num_devices(self.phase.config)
         dollars = cost.dollars(held, devices, self.phase.config.cluster)
         return self.past.seconds + held, self.past.dollars + dollars, self.past.gpu_hours + held * devices / 3600
+
+    def _end_session(self) -> None:
+        if self.is_main:
+            standing, (seconds, _, _) = self.saves.news()["checkpoint_seconds"] or 0.0, self._spent_so_far()
+            ended = ledger.Ended(session=self.past.session, seconds=seconds, standing=standing, time_unix=time.time())
+            ledger.note(self.run_dir, ended)
 
     def _budget_is_spent(self, sums: dict[str, float]) -> bool:
         """Alike on all ranks."""
@@ -387,8 +411,8 @@ class _Session:
             self._leave_out(self.progress.sample, upto - 1, str(error))
         if self.is_main:
             self.sinks.close()
-            self.past = metrics.rewind(self.metrics_path, self.progress.step)
             self.began = self.told
+            self._begin_session()
             self.sinks = self._open_sinks()
 
     def _record(
@@ -424,6 +448,7 @@ class _Session:
             eta_seconds=max(0, num_tokens(self.config) - p.tokens) / speed,
             eval_loss=held_out.loss if held_out else None,
             eval_loss_by_source=held_out.by_source if held_out else None,
+            eval_seconds=held_out.seconds if held_out else None,
             eval_bits_per_byte=held_out.bits_per_byte if held_out else None,
             balance_loss=result.balance_loss,
             z_loss=result.z_loss,
