@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_after_three_kills(tmp_path):
     # A wait for a restart is from the last record of a session to the next one's begin, of one job.
     of = lambda session: [r["time_unix"] for r in kept + lost if r["session"] == session["session"]]
     signs = {s["session"]: max([s["time_unix"], *of(s)]) for s in began}
-    gap = sum(after["time_unix"] - signs[before["session"]] for before, after in zip(began[:2], began[1:3]))
+    gap = sum(after["time_unix"] - signs[before["session"]] for before, after in pairwise(began[:3]))
     assert 0.8 < found.seconds["restarts"] <= gap + 0.05 and all(value > -0.05 for value in found.seconds.values())
     total = max(s["seconds"] for s in sessions)
     assert sum(found.seconds.values()) == pytest.approx(total)
