@@ -20,7 +20,7 @@ from shoestring.train.sample import load as load_run
 STEPS = 6
 BASE = [
     "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=3", "model.dense_hidden_dim=48",
-    "model.expert_hidden_dim=24", "train.global_batch_tokens=256", "train.micro_batch_sequences=2", f"train.steps={STEPS}",
+    "model.expert_hidden_dim=24", "train.global_batch_tokens=256", "train.micro_batch_sequences=4", f"train.steps={STEPS}",
     "train.eval_interval=3", "train.eval_sequences=10", "optim.warmup_steps=2", "checkpoint.interval=2",
 ]  # fmt: skip
 
