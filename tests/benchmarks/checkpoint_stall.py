@@ -31,8 +31,10 @@ def main() -> None:
     environment.prepare(threads=1)
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("true", "false"):
-            words = ["experiment=tiny", "train.eval_interval=0", "launch.log_interval=1000", f"train.steps={arguments.steps}", f"checkpoint.interval={INTERVAL}",
-                     f"checkpoint.async_save={kind}", f"run_dir={folder}/{kind}", *arguments.overrides]  # fmt: skip
+            words = [
+                *("experiment=tiny", "train.eval_interval=0", "launch.log_interval=1000", f"train.steps={arguments.steps}"),
+                *(f"checkpoint.interval={INTERVAL}", f"checkpoint.async_save={kind}", f"run_dir={folder}/{kind}", *arguments.overrides),
+            ]
             config = load(words)
             fork_ranks(config.parallel.world_size, trainer.run, config, torch.device("cpu"), timeout_s=1800)
             print(f"checkpoint.async_save={kind}: {described(read_records(Path(config.run_dir) / 'metrics.jsonl'))}", flush=True)

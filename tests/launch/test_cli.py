@@ -112,7 +112,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_help_names_every_command_and_exit_code(capsys):
     assert cli.main([]) == exit_codes.CONFIG
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in cli.COMMANDS)
+    assert all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in cli.COMMANDS)
     assert all(meaning in text for meaning in exit_codes.MEANING.values())
 
 
