@@ -2,10 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..conf.phases import num_steps, phase_at
 from ..conf.schema import Config
 from ..train import units
+from ..train.ledger import Ledger, account
 from ..train.metrics import Summary
 from ..train.trainer import Outcome
 from .report import write_report
@@ -20,7 +22,7 @@ def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
     if outcome.wants:
         upcoming = phase_at(config, outcome.step).name
         return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} process{'es' * (outcome.wants > 1)}"
-    lines = [*_facts(outcome.summary, total), f"report    {write_report(config.run_dir)}"]
+    lines = [*_facts(outcome.summary, total), *_cost(account(Path(config.run_dir))), f"report    {write_report(config.run_dir)}"]
     if outcome.spent:
         lines.append(f"stopped at step {outcome.step} of {total}, {outcome.spent}. With more of it, to go on:\n  {again}")
     elif outcome.step < total:
@@ -40,5 +42,12 @@ def _facts(s: Summary, total: int) -> list[str]:
         f"loss      {s.loss_first:.3f} -> {s.loss_last:.3f}{evaluated}",
         f"speed     {units.count(s.tokens_per_second)} tokens/s, MFU {units.percent(s.mfu)}",
         f"on        {s.world_size} x {s.device}: {s.layout}",
-        f"cost      {units.money(s.dollars)}",
     ]
+
+
+def _cost(ledger: Ledger) -> list[str]:
+    """Of all sessions."""
+    total = ledger.total_dollars
+    shares = [f"{name} {units.percent(value / total)}" for name, value in ledger.dollars.items() if total and value > 0.005 * total]
+    lost = f"; {units.count(ledger.lost_tokens)} tokens trained twice" if ledger.lost_tokens else ""
+    return [f"cost      {units.money(total)}: {', '.join(shares)}{lost}"]

@@ -5,7 +5,6 @@
 A new phase is a resume: the last one ends with a checkpoint, and the next one, perhaps of another layout, loads it.
 """
 
-import dataclasses
 import gc
 import math
 import time
@@ -19,25 +18,25 @@ import torch
 import torch.distributed as dist
 
 from ..conf.compose import to_yaml
-from ..conf.phases import Phase, num_steps, num_tokens, phase_at
+from ..conf.phases import Phase, num_steps, phase_at
 from ..conf.schema import Config, ConfigError
 from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
-from . import cost, ledger, left_out, metrics, units
-from .budget import Budget
+from . import cost, left_out, metrics, units
+from .books import Books
 from .checkpoint.checkpointer import Checkpointer, read_extra
 from .checkpoint.folder import mend, torn
 from .checkpoint.manifest import CheckpointError, DamagedError
 from .checkpoint.saves import Saves, State
 from .data.corpus import open_corpus
-from .engine import Beat, Gradients, StepResult, Watch, silent
+from .engine import Beat, Gradients, Watch, silent
 from .guard import GoBack, Guard
 from .left_out import Window, configured, take
 from .metrics import StepRecord, Summary
 from .model.attention import kernel_of
-from .phase_run import Evaluation, PhaseRun
+from .phase_run import PhaseRun
+from .records import make_record
 from .resume import Progress, check_same_run, find_start, kept
-from .sentinel import Look
 from .signals import Heard, unpack
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 from .traces import Traces
@@ -85,9 +84,7 @@ class _Session:
         job: str = "",
     ):
         self.config, self.device, self.stop, self.log, self.watch, self.beat = config, device, stop, log, watch, beat
-        self.job, self.began = job, time.monotonic()
-        self.told = self.began
-        self.guard, self.budget, self.spent = Guard(config.guard), Budget(config, log), ""
+        self.books, self.guard, self.spent = Books(config, Path(config.run_dir), job, log), Guard(config.guard), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
@@ -102,29 +99,11 @@ class _Session:
         self.progress, self.part = Progress(), None
         self.left_out: list[Window] = self._of_first(lambda: left_out.read(self.run_dir))
         self._go_on_from_newest()
-        self.past = metrics.Rewound(session=0, seconds=0.0, dollars=0.0, kept=0, lost=0)
         if self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics.replace_file(self.run_dir / "config.yaml", to_yaml(config))
             self.part.corpus.tokenizer.save(self.run_dir / "tokenizer.json")
-            self._begin_session(ledger.waited(self.run_dir, job, time.time() - (time.monotonic() - self.began)))
-
-    def _begin_session(self, waited: float = 0.0) -> None:
-        """On the first rank. `waited`: seconds since the last session's last sign of life."""
-        c = self.phase.config
-        devices, second = cost.num_devices(c), cost.dollars(1.0, cost.num_devices(c), c.cluster)
-        past = metrics.rewind(self.metrics_path, self.progress.step)
-        self.past = dataclasses.replace(
-            past, seconds=past.seconds + waited, dollars=past.dollars + waited * second, gpu_hours=past.gpu_hours + waited * devices / 3600
-        )
-        began = ledger.Began(
-            session=past.session, job=self.job, time_unix=time.time(), seconds=self.past.seconds, devices=devices, dollars=second
-        )
-        ledger.note(self.run_dir, began)
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.run_dir / "metrics.jsonl"
+            self.books.begin(self.phase.config, self.progress.step)
 
     @property
     def phase(self) -> Phase:
@@ -245,9 +224,9 @@ class _Session:
         self.log(str(kernel_of(c.model, c.data.seq_len, self.part.engine.dtype, self.device)))
 
     def _summary(self) -> Summary | None:
-        if not self.is_main or not self.metrics_path.exists():
+        if not self.is_main or not self.books.metrics_path.exists():
             return None
-        summary = metrics.summarize(self.phase.config, metrics.scan_records(self.metrics_path, lambda *bad: None))
+        summary = metrics.summarize(self.phase.config, metrics.scan_records(self.books.metrics_path, lambda *bad: None))
         if summary is not None:
             summary.write(self.run_dir / "summary.json")
         return summary
@@ -259,8 +238,7 @@ class _Session:
         last = num_steps(c)
         if c.train.stop_after:
             last = min(last, self.progress.step + c.train.stop_after)
-        self.budget.step_took(self.past.step_seconds)
-        self.spent = self._of_first(self._unaffordable) or ""
+        self.spent = self._of_first(self.books.spent) if self.progress.step < last else ""
         stopping = bool(self.spent)
         self.sinks = self._open_sinks()
         try:
@@ -280,33 +258,18 @@ class _Session:
                     saved = step
                 elif due:
                     self.saves.save(step, self._state)
-                self.budget.step_took(time.monotonic() - began)
+                self.books.budget.step_took(time.monotonic() - began)
                 if over and self.progress.step < last and not stopping:
                     wants = self._go_on()
             self.beat("end")
-            self._end_session()
+            if self.is_main:
+                self.books.end(self.saves.news()["checkpoint_seconds"] or 0.0)
         finally:
             self.sinks.close()
         assert saved == self.progress.step
-        return Outcome(summary=self._summary(), step=self.progress.step, stopped=stopping, spent=self.spent * stopping, wants=wants)
-
-    def _unaffordable(self) -> str | None:
-        """On the first rank, what no further step can be paid for."""
-        _, dollars, gpu_hours = self._spent_so_far()
-        self.spent = self.budget.spent(budget_usd=dollars, budget_gpu_hours=gpu_hours) or ""
-        return self.spent or None
-
-    def _spent_so_far(self) -> tuple[float, float, float]:
-        """Seconds that the devices were held, restarts and lost work included; dollars and GPU-hours of them."""
-        held, devices = time.monotonic() - self.began, cost.num_devices(self.phase.config)
-        dollars = cost.dollars(held, devices, self.phase.config.cluster)
-        return self.past.seconds + held, self.past.dollars + dollars, self.past.gpu_hours + held * devices / 3600
-
-    def _end_session(self) -> None:
-        if self.is_main:
-            standing, (seconds, _, _) = self.saves.news()["checkpoint_seconds"] or 0.0, self._spent_so_far()
-            ended = ledger.Ended(session=self.past.session, seconds=seconds, standing=standing, time_unix=time.time())
-            ledger.note(self.run_dir, ended)
+        return Outcome(
+            summary=self._summary(), step=self.progress.step, stopped=stopping, spent=self.spent * (self.progress.step < last), wants=wants
+        )
 
     def _budget_is_spent(self, sums: dict[str, float]) -> bool:
         """Alike on all ranks."""
@@ -334,7 +297,7 @@ class _Session:
             return Sinks([])
         console = ConsoleSink(num_steps(c), log_interval=c.launch.log_interval)
         wandb = WandbSink(c, self.run_dir, mode=c.launch.wandb, project=c.launch.wandb_project)
-        return Sinks([JsonlSink(self.metrics_path), console, wandb])
+        return Sinks([JsonlSink(self.books.metrics_path), console, wandb])
 
     def _step(self) -> tuple[StepRecord, dict[str, float]]:
         began, p, phase = time.monotonic(), self.progress, self.phase
@@ -355,7 +318,12 @@ class _Session:
         seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
         traced = self.traces.finish(p.step, self.part.engine.executor)
         held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
-        return self._record(result, heard, lr, seconds, held_out, look, traced), heard.sums
+        spent = {**self.books.so_far(), "session": self.books.session}
+        record = make_record(
+            self.config, phase, p, result, heard, lr=lr, step_seconds=seconds, held_out=held_out, look=look, sentinel=sentinel,
+            **spent, **traced, **self.saves.news(),
+        )  # fmt: skip
+        return record, heard.sums
 
     # ------------------------------------------------------------ steps that look wrong
 
@@ -383,7 +351,9 @@ class _Session:
     def _attempt(self, samples: np.ndarray) -> tuple[Gradients, Heard, str | None]:
         if self.part.engine.sentinel:
             self.part.engine.sentinel.wake(self.progress.step)
-        signals = {"stop": self.stop(), "spent": self.is_main and self._unaffordable() is not None, **self.saves.signals()}
+        if self.is_main:
+            self.spent = self.books.spent()
+        signals = {"stop": self.stop(), "spent": bool(self.spent), **self.saves.signals()}
         found = self.part.gradients(self.progress.step, samples, **signals)
         heard = unpack(found.flags)
         if changed := self.part.changed(heard):
@@ -411,60 +381,5 @@ class _Session:
             self._leave_out(self.progress.sample, upto - 1, str(error))
         if self.is_main:
             self.sinks.close()
-            self.began = self.told
-            self._begin_session()
+            self.books.back(self.phase.config, self.progress.step)
             self.sinks = self._open_sinks()
-
-    def _record(
-        self, result: StepResult, heard: Heard, lr: float, seconds: float, held_out: Evaluation | None, look: Look | None, traced: dict
-    ) -> StepRecord:
-        self.told = time.monotonic()
-        sentinel = self.part.engine.sentinel
-        c, p, loads = self.phase.config, self.progress, result.loads.tolist()
-        devices, (held, dollars, gpu_hours) = cost.num_devices(c), self._spent_so_far()
-        speed = result.tokens / seconds
-        max_vio = metrics.max_violation(loads)
-        return StepRecord(
-            step=p.step,
-            tokens=p.tokens,
-            samples=p.samples,
-            phase=self.phase.name,
-            batch_tokens=result.tokens,
-            seq_len=c.data.seq_len,
-            loss=result.loss,
-            mtp_loss=result.mtp_losses or None,
-            mtp_weight=c.optim.mtp_weight if result.mtp_losses else None,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            clip_coef=result.clip_coef,
-            step_seconds=seconds,
-            tokens_per_second=speed,
-            tokens_per_second_per_gpu=speed / devices,
-            mfu=cost.mfu(speed / devices, c),
-            seconds=held,
-            dollars=dollars,
-            gpu_hours=gpu_hours,
-            dollars_per_billion_tokens=cost.dollars_per_billion_tokens(speed / devices, c.cluster),
-            eta_seconds=max(0, num_tokens(self.config) - p.tokens) / speed,
-            eval_loss=held_out.loss if held_out else None,
-            eval_loss_by_source=held_out.by_source if held_out else None,
-            eval_seconds=held_out.seconds if held_out else None,
-            eval_bits_per_byte=held_out.bits_per_byte if held_out else None,
-            balance_loss=result.balance_loss,
-            z_loss=result.z_loss,
-            expert_load=loads,
-            max_vio=max_vio,
-            max_vio_mean=sum(max_vio) / len(max_vio) if max_vio else 0.0,
-            rank_overload=result.rank_overload,
-            dead_experts=metrics.count_dead(loads),
-            bias_norm=result.bias_norm,
-            bias_update_speed=c.optim.bias_update_speed,
-            router_entropy=result.router_entropy,
-            fp8_sentinel=look.over_blocks() if look else None,
-            fp8_left_out=sorted(sentinel.left_out) or None if sentinel else None,
-            **traced,
-            **self.saves.news(),
-            memory_gb=max(heard.each["memory"]) / 1e9,
-            time_unix=time.time(),
-            session=self.past.session,
-        )
