@@ -13,7 +13,8 @@ import torch.distributed as dist
 from shoestring.launch.local import fork_ranks
 from shoestring.train.checkpoint import storage as storage_module
 from shoestring.train.checkpoint.checkpointer import Archive, NoRoomError, SaveError
-from shoestring.train.checkpoint.manifest import DamagedError
+from shoestring.train.checkpoint.folder import checkpoints
+from shoestring.train.checkpoint.manifest import DamagedError, verify_all
 
 from . import storage
 from .checkpoints import copied, flips_of_one_bit, kills_of_one_rank, left, resumed, save
@@ -56,25 +57,30 @@ def test_cut_short_at_every_touch_of_the_disk(two, place, cut):
         assert in_fork(body) == -9
         step, aside = resumed(folder)
         assert (step, aside) == (3 if (folder / "step_00000003").exists() else 2, 0), f"cut at touch {number}"
+        assert all(verify_all(path) for path in checkpoints(folder)), f"a half removed one after a cut at touch {number}"
         save(folder, step + 1)
         assert resumed(folder) == (step + 1, 0)
         assert left(folder) == ["latest", f"step_{step:08d}", f"step_{step + 1:08d}"], f"left after touch {number}"
 
 
-def test_cut_short_in_the_first_save(place):
+@pytest.mark.parametrize(
+    "cut, seeds", [(kill_at, range(1)), (PowerCut, (0, 1, 4, 10))]
+)  # of two renames: neither, the last, both or the first undone
+def test_cut_short_in_the_first_save(place, cut, seeds):
     """Then there is no checkpoint, and never was: the run begins anew. Or there is the whole of one."""
     steps = []
-    for number in chosen(touches(lambda: save(place / "count", 1))):
-        folder = place / "run"
-        shutil.rmtree(folder, ignore_errors=True)
+    for number in chosen(touches(lambda: save(place / "count", 1)), writes=4):
+        for seed in seeds:
+            folder = place / "run"
+            shutil.rmtree(folder, ignore_errors=True)
 
-        def body(folder=folder, number=number):
-            with touching(kill_at(number, seed=number)):
-                save(folder, 1)
+            def body(folder=folder, number=number, seed=seed):
+                with touching(cut(number, seed=seed)):
+                    save(folder, 1)
 
-        assert in_fork(body) == -9
-        steps.append(resumed(folder)[0])
-    assert steps == sorted(steps, key=lambda step: step or 0) and set(steps) == {None, 1}
+            assert in_fork(body) == -9
+            steps.append(resumed(folder)[0])
+    assert set(steps) == {None, 1} and (cut is PowerCut or steps == sorted(steps, key=lambda step: step or 0))
 
 
 def test_cut_short_where_another_branch_was(place):

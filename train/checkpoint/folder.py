@@ -162,6 +162,7 @@ def remove(checkpoint: Path) -> None:
     try:
         going = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
         os.rename(checkpoint, going)
+        flush_folder(checkpoint.parent)
         shutil.rmtree(going)
     except OSError as error:
         log.warning("%s could not be removed (%s): remove it yourself", checkpoint, error)

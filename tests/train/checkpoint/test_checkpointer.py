@@ -283,6 +283,20 @@ def test_damage_that_one_rank_sees_stops_all(good, tmp_path, file):
     assert fork_ranks(2, body, timeout_s=60) == [False, False]
 
 
+def test_what_is_damaged_and_another_models_is_another_models(good, tmp_path):
+    """Damage sets a checkpoint aside, and that must not happen to one that was only asked for by mistake."""
+    path = Path(shutil.copytree(good, tmp_path / good.name))
+    flip(path / "__0_0.distcp"), flip(path / "__1_0.distcp")
+
+    def body():
+        chunks = blank(cut(2, dist.get_rank(), "load")) | ({"more": Chunk(5, 0, torch.zeros(5))} if dist.get_rank() == 1 else {})
+        with pytest.raises(CheckpointError, match=r"rank 1: the checkpoint does not hold 'more'") as refusal:
+            checkpointer(tmp_path).load(path, chunks)
+        return type(refusal.value) is CheckpointError
+
+    assert fork_ranks(2, body, timeout_s=60) == [True, True]
+
+
 class Planted:
     def __reduce__(self):
         return os.mkdir, ("PLANTED",)
