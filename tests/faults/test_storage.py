@@ -63,9 +63,8 @@ def test_cut_short_at_every_touch_of_the_disk(two, place, cut):
         assert left(folder) == ["latest", f"step_{step:08d}", f"step_{step + 1:08d}"], f"left after touch {number}"
 
 
-@pytest.mark.parametrize(
-    "cut, seeds", [(kill_at, range(1)), (PowerCut, (0, 1, 4, 10))]
-)  # of two renames: neither, the last, both or the first undone
+# Of a power cut between two renames, these seeds undo neither, the last, both and the first.
+@pytest.mark.parametrize("cut, seeds", [(kill_at, [0]), (PowerCut, [0, 1, 4, 10])])
 def test_cut_short_in_the_first_save(place, cut, seeds):
     """Then there is no checkpoint, and never was: the run begins anew. Or there is the whole of one."""
     steps = []
