@@ -16,6 +16,7 @@ from pathlib import Path
 
 FOLDER = "heartbeats"
 _RECORD = struct.Struct("<qqq32s")
+_ORDER = ("start", "data", "forward and backward", "reduce", "update", "evaluation", "checkpoint", "end")
 _UNWATCHED = ("start", "end")  # data are made ready, a report is written: as long as it takes
 _SAVING_S = 1800.0  # a checkpoint may take longer than a step: as long as torch waits for a rank in it
 
@@ -29,6 +30,11 @@ class Beat:
     count: int
     step: int
     phase: str
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """By which the beats of ranks that do the same can be put in order."""
+        return self.step, _ORDER.index(self.phase) if self.phase in _ORDER else 0
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}" if self.step else self.phase
@@ -94,10 +100,8 @@ def behind(beats: dict[int, Beat]) -> list[int]:
     """The ranks that are furthest back, where not all are equally far."""
     if not beats:
         return []
-    order = ["start", "data", "forward and backward", "reduce", "update", "evaluation", "checkpoint", "end"]
-    place = {rank: (beat.step, order.index(beat.phase) if beat.phase in order else 0) for rank, beat in beats.items()}
-    last = min(place.values())
-    found = sorted(rank for rank, at in place.items() if at == last)
+    last = min(beat.place for beat in beats.values())
+    found = sorted(rank for rank, beat in beats.items() if beat.place == last)
     return found if len(found) < len(beats) else []
 
 

@@ -78,7 +78,8 @@ def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
             now = _steps_done(config)
             in_a_row = 0 if now > done else in_a_row + 1
             if ending.code != exit_codes.OTHER_SIZE:
-                if in_a_row > config.launch.max_restarts or (config.train.stop_after and now - done >= config.train.stop_after):
+                most = config.launch.max_restarts
+                if not most or in_a_row > most or (config.train.stop_after and now - done >= config.train.stop_after):
                     _say(ending)
                     return ending.code
                 _say_restart(config, ending, in_a_row, now)
@@ -195,6 +196,14 @@ def _say_restart(config: Config, ending: Ending, number: int, step: int) -> None
     most = config.launch.max_restarts
     of = f"restart {number} of {most} without a new checkpoint" if number else "with a checkpoint more than before"
     print(f"{ending.what}: all ranks start again from step {step} ({of}; logs: {ending.logs})", file=sys.stderr, flush=True)
-    line = {"what": ending.what, "code": ending.code, "step": step, "in_a_row": number, "seen": ending.seen, "again": time.monotonic()}
+    line = {
+        "what": ending.what,
+        "code": ending.code,
+        "step": step,
+        "in_a_row": number,
+        "detail": ending.detail,
+        "seen": ending.seen,
+        "again": time.monotonic(),
+    }
     with open(Path(config.run_dir) / "restarts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..parallel.flight import ASKED, asked_file, tidy
+from ..parallel.flight import ASKED, asked_file, missing, tidy
 from . import cause, environment, exit_codes, heartbeats
 from .cause import Ending
 
@@ -114,6 +114,7 @@ class Ranks:
         if not left and all(code in exit_codes.AGREED for code in self.codes.values()):
             return Ending(code=self.codes[0], seen=time.monotonic())
         self.stopped = {rank for rank in left if _state(self.processes[rank].pid) in ("T", "t")}
+        lacking = missing(self.what.flight)
         self._ask_for_stacks(left)
         self.signal(signal.SIGKILL)
         tidy(self.what.flight, *range(self.what.world_size))
@@ -124,6 +125,7 @@ class Ranks:
             left=left,
             hanging=self.hanging,
             stopped=self.stopped,
+            lacking=lacking,
             watcher=self.watcher,
             seen=self.seen,
         )

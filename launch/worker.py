@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..conf.schema import Config, LaunchConfig
 from ..parallel import world
-from ..parallel.flight import answer_when_asked, last_begun, tidy, write_flight
+from ..parallel.flight import FOLDER, answer_when_asked, last_begun, tidy, write_flight
 from ..train import trainer
 from . import device, environment, exit_codes
 from .environment import Place
@@ -84,7 +84,7 @@ def run_launched(config: Config, failures: Path, command: Sequence[str], train: 
 def flight_folder(run_dir: Path, failures: Path | None = None) -> Path:
     """Where the ranks of one try leave what they were at when they lost each other; each has its own, so that they stay."""
     part = failures.name if failures else environment.restart()
-    return run_dir / "flight" / part if part else run_dir / "flight"
+    return run_dir / FOLDER / part if part else run_dir / FOLDER
 
 
 def _job(place: Place) -> str:
@@ -110,7 +110,7 @@ def _say(text: str) -> None:
 
 
 def _report(error: BaseException, place: Place, failures: Path | None, flight: Path) -> int:
-    code = exit_codes.of(error)
+    at, code = time.monotonic(), exit_codes.of(error)
     message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
     if code == exit_codes.LOST and dist.is_initialized():
         message += f"; begun last: {last_begun()}; more in {write_flight(flight, error)}"
@@ -118,6 +118,6 @@ def _report(error: BaseException, place: Place, failures: Path | None, flight: P
     if failures is None:
         print(f"{trace}error: {message}", file=sys.stderr, flush=True)
     else:
-        record = {"time": time.monotonic(), "rank": place.rank, "code": code, "message": message, "traceback": trace}
+        record = {"time": at, "rank": place.rank, "code": code, "message": message, "traceback": trace}
         (failures / f"failure-{place.rank}.json").write_text(json.dumps(record))
     return code

@@ -1,7 +1,7 @@
 """What a rank had begun when it lost the others: a file per rank, and from all of them who is missing where.
 
     flight/rank_3.json   error         what ended this rank, with the lines that led there
-                         groups        of each that it is in: name, ranks, how many collectives it has begun, and the last one's name
+                         groups        of each that it is in: name, ranks, how many collectives it has begun, the last one's name and age
                          collectives   the last ones begun, oldest first
                          stacks        of every thread
     flight/rank_3.txt    the stacks of a rank that was asked for them from outside, as it did not answer
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from ._torch import flight_entries, own_groups
 from .world import title
 
+FOLDER = "flight"  # of a run directory; in it a folder for each try, where there are several
 KEPT = 200  # collectives
 ASKED = signal.SIGUSR2  # a process that gets it writes its stacks, whatever it is doing
 
@@ -55,13 +57,15 @@ def answer_when_asked(folder: Path, rank: int) -> None:
 
 
 def tidy(folder: Path, *ranks: int) -> None:
-    """Files of ranks that nobody has asked for their stacks go, and a folder that holds nothing else."""
+    """Files of ranks that nobody has asked for their stacks go, and folders that hold nothing else."""
     for rank in ranks:
         file = asked_file(folder, rank)
         if file.exists() and not file.stat().st_size:
             file.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
+        if folder.parent.name == FOLDER:
+            folder.parent.rmdir()
 
 
 def asked_file(folder: Path, rank: int) -> Path:
@@ -85,6 +89,7 @@ def _group(name: str, group: dist.ProcessGroup, entries: list[dict]) -> dict:
         "ranks": dist.get_process_group_ranks(group),
         "begun": last["collective_seq_id"] if last else 0,
         "last": last["profiling_name"] if last else None,
+        "age_s": (time.time_ns() - last["time_created_ns"]) / 1e9 if last else 0.0,
     }
 
 
@@ -97,20 +102,50 @@ def _stacks() -> dict[str, list[str]]:
     return {names.get(ident, str(ident)): traceback.format_stack(frame) for ident, frame in sys._current_frames().items()}
 
 
-def who_is_missing(folder: Path) -> list[str]:
-    """By a folder's files: a line for each group whose ranks have not all begun as many collectives, and one for ranks without a file."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank_*.json"))]
+def read_json(path: Path) -> dict | None:
+    """None for the file of a rank that was ended while it wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A collective that some ranks have begun and others have not, or may not have: those have left no word."""
+
+    what: str  # "gloo:all_reduce, number 6 over "dense" (ranks 0 1)"
+    begun: dict[int, int]  # by rank behind: how many of the group's collectives it has begun
+    silent: list[int]
+    waiting: list[int]  # those that have begun it
+    age_s: float  # of the first that is in it, when it gave up
+
+    def __str__(self) -> str:
+        parts = [f"rank {rank} has begun {count}" for rank, count in self.begun.items()] + [f"no word from rank {r}" for r in self.silent]
+        return f"{self.what}: {', '.join(parts)}"
+
+
+def missing(folder: Path) -> list[Missing]:
+    """By a folder's files: the collectives that were waited in, first the one that was first."""
+    files = [file for path in sorted(folder.glob("rank_*.json")) if (file := read_json(path))]
     groups: dict[tuple, dict[int, dict]] = {}
     for file in files:
         for g in file["groups"]:
             groups.setdefault((g["name"], *g["ranks"]), {})[file["rank"]] = g
-    lines = [_behind(name, ranks, seen) for (name, *ranks), seen in groups.items()]
-    silent = sorted({rank for _, *ranks in groups for rank in ranks} - {file["rank"] for file in files})
-    return [line for line in lines if line] + ([f"no word from ranks {' '.join(map(str, silent))}"] if silent else [])
+    last = {file["rank"]: min((g["age_s"] for g in file["groups"] if g["begun"]), default=0.0) for file in files}
+    found = [_missing(name, ranks, seen, last) for (name, *ranks), seen in groups.items()]
+    return sorted((m for m in found if m), key=lambda m: -m.age_s)
 
 
-def _behind(name: str, ranks: list[int], seen: dict[int, dict]) -> str:
-    ahead = max(seen.values(), key=lambda g: g["begun"])
-    behind = [f"rank {rank} has begun {g['begun']}" for rank, g in sorted(seen.items()) if g["begun"] < ahead["begun"]]
-    of = f'"{name}" (ranks {" ".join(map(str, ranks))}): collective {ahead["begun"]}, {ahead["last"]}'
-    return f"{of}: {', '.join(behind)}" if behind else ""
+def _missing(name: str, ranks: list[int], seen: dict[int, dict], last: dict[int, float]) -> Missing | None:
+    most = max(g["begun"] for g in seen.values())
+    ahead = [rank for rank, g in seen.items() if g["begun"] == most]
+    begun = {rank: g["begun"] for rank, g in sorted(seen.items()) if g["begun"] < most}
+    # Of a rank without a file it is not known what it has begun: it may be missing where the others were at last.
+    waiting = [rank for rank in ahead if most and seen[rank]["age_s"] == last[rank]]
+    silent = [rank for rank in ranks if rank not in seen] if waiting else []
+    if not begun and not silent:
+        return None
+    first = seen[waiting[0] if waiting else ahead[0]]
+    what = f'{first["last"]}, number {most} over "{name}" (ranks {" ".join(map(str, ranks))})'
+    return Missing(what=what, begun=begun, silent=silent, waiting=waiting or ahead, age_s=max(seen[rank]["age_s"] for rank in ahead))

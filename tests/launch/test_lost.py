@@ -34,3 +34,23 @@ def test_a_rank_that_does_not_come_ends_the_run_with_the_name_of_what_was_waited
     for rank in (r for r in (0, 1, 3) if flight / f"rank_{r}.json" in said):
         (group,) = said[flight / f"rank_{rank}.json"]["groups"]
         assert (group["ranks"], group["begun"], group["last"]) == ([0, 1, 2, 3], 2, "gloo:all_reduce")
+
+
+def _busy(config, device, *, beat, **_):
+    """Both are in step 3. Rank 1 never leaves `data`, and nobody's collective gives up for a minute."""
+    beat("data", 3)
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    beat("reduce")
+    dist.all_reduce(torch.ones(1))
+    return Outcome(summary=None, step=3, stopped=False)
+
+
+def test_a_rank_without_a_sign_of_life_is_named_and_shows_its_stack(tmp_path, capfd):
+    config = load(["experiment=tiny", f"run_dir={tmp_path}", "launch.timeout_s=60", "launch.hang_s=1.5"])
+    began = time.monotonic()
+    assert launcher.start(config, "cpu", worker.run_launched, [], _busy, world_size=2) == exit_codes.LOST
+    assert time.monotonic() - began < 30, "it did not wait for collectives to give up"
+    assert "error: rank 1 does not answer since" in (err := capfd.readouterr().err) and " s in step 3, data\n" in err
+    (flight,) = (tmp_path / "flight").iterdir()
+    assert "in _busy" in (flight / "rank_1.txt").read_text() and "in _busy" in (flight / "rank_0.txt").read_text()
