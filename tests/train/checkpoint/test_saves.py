@@ -167,6 +167,14 @@ def words(tmp_path, tmp_path_factory):
     return lambda name, *more: [*BASE, f"data.cache_dir={cache}", f"run_dir={tmp_path / name}", *more]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The curve of a run that nothing happens to."""
+    run = [*BASE, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}", f"run_dir={tmp_path_factory.mktemp('whole')}"]
+    session(run)
+    return curve(run)
+
+
 def session(overrides, around=contextlib.nullcontext):
     """The first rank's log. `around()`: what holds on both ranks while they run."""
     config = load(overrides)
@@ -200,13 +208,6 @@ def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-@pytest.fixture
-def whole(words):
-    run = words("whole")
-    session(run)
-    return curve(run)
 
 
 @pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "manifest.json"])
