@@ -16,12 +16,12 @@ from .report import write_report
 def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
     """Write the report; the closing lines. `command`: the words that started this run, to be given again."""
     again = shlex.join(command)
-    if outcome.summary is None:
-        return f"nothing was trained yet. To begin:\n  {again}"
     total = num_steps(config)
     if outcome.wants:
         upcoming = phase_at(config, outcome.step).name
         return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} process{'es' * (outcome.wants > 1)}"
+    if outcome.summary is None:
+        return f"nothing was trained yet. To begin:\n  {again}"
     lines = [*_facts(outcome.summary, total), *_cost(account(Path(config.run_dir))), f"report    {write_report(config.run_dir)}"]
     if outcome.spent:
         lines.append(f"stopped at step {outcome.step} of {total}, {outcome.spent}. With more of it, to go on:\n  {again}")

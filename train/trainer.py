@@ -69,7 +69,18 @@ def run(
     forward and backward, reduce, update, evaluation, checkpoint, end. Raises ConfigError, DataError, CheckpointError,
     FloatingPointError; whatever was saved before stays.
     """
-    return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job).run()
+    try:
+        return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job).run()
+    except _OtherSize as error:
+        return Outcome(summary=None, step=error.step, stopped=False, wants=error.wants)
+
+
+class _OtherSize(Exception):
+    """The newest checkpoint that is whole is of a phase on `wants` ranks, which are not as many as these."""
+
+    def __init__(self, step: int, wants: int):
+        super().__init__(f"step {step}: {wants} ranks")
+        self.step, self.wants = step, wants
 
 
 class _Session:
@@ -114,13 +125,17 @@ class _Session:
     def _go_on_from_newest(self) -> Path | None:
         """Into the state of the newest checkpoint that is whole, and its phase. Those found damaged before it are set aside: of this run's
         own directory; of another, that is an error. Nothing slow comes before a wrong directory is refused."""
-        begun = self.part is not None
+        begun, aside = self.part is not None, False
         while True:
             try:
                 start, step = self._of_first(lambda: self._find_start(begun))
-                self._enter(phase_at(self.config, step), start)
+                phase = phase_at(self.config, step)
+                if aside and phase.config.parallel.world_size != dist.get_world_size():
+                    raise _OtherSize(step, phase.config.parallel.world_size)
+                self._enter(phase, start)
             except DamagedError as damage:
                 self.log(self.checkpointer.set_aside(damage))
+                aside = True
                 continue
             if not begun:
                 self._describe_model(start)

@@ -175,8 +175,8 @@ def whole(tmp_path_factory):
     return curve(run)
 
 
-def session(overrides, around=contextlib.nullcontext):
-    """The first rank's log. `around()`: what holds on both ranks while they run."""
+def session(overrides, around=contextlib.nullcontext, world_size=2):
+    """The first rank's log. `around()`: what holds on all ranks while they run."""
     config = load(overrides)
 
     def body():
@@ -185,7 +185,7 @@ def session(overrides, around=contextlib.nullcontext):
             trainer.run(config, torch.device("cpu"), log=lines.append)
         return lines
 
-    return fork_ranks(2, body, timeout_s=60)[0]
+    return fork_ranks(world_size, body, timeout_s=60)[0]
 
 
 def folder_of(overrides):
@@ -228,6 +228,29 @@ def test_damaged_ones_are_set_aside_and_the_next_is_taken(words, whole, file):
     assert left(run) == [
         "latest", "step_00000002", "step_00000004", "step_00000004.damaged", "step_00000005.damaged", "step_00000006",
     ]  # fmt: skip
+
+
+def test_what_is_whole_may_be_of_a_phase_on_more_ranks(words):
+    """As much as a phase that ends: the launcher, or who started the ranks, starts as many as it wants."""
+    phases = [
+        "optim.warmup_steps=1",
+        "phases.a.train.steps=2",
+        "phases.b.train.steps=3",
+        "phases.b.parallel.edp=1",
+        "checkpoint.interval=1",
+    ]
+    run = words("phases", *phases)
+    session(run)
+    session([*run, "train.stop_after=1"], world_size=1)
+    assert left(run) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
+    flip(folder_of(run) / "step_00000003" / "__0_0.distcp"), flip(folder_of(run) / "step_00000002" / "__1_0.distcp")
+
+    def body():
+        outcome = trainer.run(load(run), torch.device("cpu"), log=lambda line: None)
+        return outcome.step, outcome.wants
+
+    assert fork_ranks(1, body, timeout_s=60) == [(1, 2)]
+    assert any(line.startswith("resumed at step 1 from") for line in session(run))
 
 
 def test_never_from_scratch_where_there_were_checkpoints(words):
