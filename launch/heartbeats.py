@@ -41,19 +41,21 @@ class Beat:
 
 
 class Heartbeat:
-    """One rank's file. Calling it is a beat: the phase that begins, and its step (left out: the same one still)."""
+    """One rank's file. Calling it is a beat: the phase that begins ("": the same goes on), and its step (None: the same)."""
 
     def __init__(self, run_dir: Path, rank: int):
         path = _path(run_dir, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._count, self._step = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), 0, 0
+        self._phase = ""
         self("start")
 
     def __call__(self, phase: str, step: int | None = None) -> None:
         self._count += 1
         self._step = self._step if step is None else step
+        self._phase = phase or self._phase
         with contextlib.suppress(OSError):  # a rank that cannot say that it lives, lives
-            os.pwrite(self._file, _RECORD.pack(os.getpid(), self._count, self._step, phase.encode()[:32]), 0)
+            os.pwrite(self._file, _RECORD.pack(os.getpid(), self._count, self._step, self._phase.encode()[:32]), 0)
 
 
 class Watcher:

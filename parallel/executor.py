@@ -47,11 +47,12 @@ class Executor:
         loss_weights: Tensor,
         transport: Transport = DIRECT,
         enqueues: bool = False,
+        tick: Callable[[], None] = lambda: None,
     ):
-        """`enqueues`: compute goes on after the call that starts it has returned, as on a GPU."""
+        """`enqueues`: compute goes on after the call that starts it has returned, as on a GPU. `tick`: called before every action."""
         self.stages, self.mesh, self.actions, self.store = stages, mesh, actions, store
         self.boundary, self.loss_weights, self.transport = boundary, loss_weights, transport
-        self.tracer, self.enqueues = Tracer(), enqueues
+        self.tracer, self.enqueues, self.tick = Tracer(), enqueues, tick
         self.losses: dict[int, Tensor] = {}  # of the last step's micro-batches that end here, weighted as they came
 
     @torch.no_grad()
@@ -76,6 +77,7 @@ class Executor:
         run = _Step(self, batches, training)
         last_of = {op.stage: i for i, action in enumerate([(), *actions]) for op in action}
         for i, (action, upcoming) in enumerate(zip([(), *actions], [*actions, ()])):
+            self.tick()
             run.post_receives(upcoming)  # one action ahead, so that it arrives under this one
             run.alone = len(action) == 1
             with self.tracer.action(action):

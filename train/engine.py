@@ -39,7 +39,7 @@ from .sentinel import Sentinel
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
 
-Beat = Callable[..., None]  # (phase, step): this rank begins a phase of step `step` (1 is the first; left out: the same one still)
+Beat = Callable[..., None]  # (phase, step): this rank begins a phase ("": goes on in it) of step `step` (1 is the first; None: the same)
 
 
 def silent(phase: str, step: int | None = None) -> None:
@@ -231,6 +231,7 @@ class Engine:
             store=self.ops.store,
             boundary=lambda num_tokens: torch.empty(num_tokens, c.model.dim, dtype=self.dtype, device=self.device),
             enqueues=self.device.type != "cpu",
+            tick=functools.partial(self.beat, ""),
             loss_weights=torch.tensor([1.0] + [c.optim.mtp_weight / max(1, depth)] * depth, dtype=torch.float64, device=self.device),
         )
 

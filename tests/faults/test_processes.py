@@ -15,7 +15,7 @@ STEPS = 6
 BASE = [
     "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=2", "model.dense_hidden_dim=48",
     "model.expert_hidden_dim=24", "train.global_batch_tokens=128", "train.micro_batch_sequences=2", f"train.steps={STEPS}",
-    "train.eval_sequences=8", "optim.warmup_steps=2", "checkpoint.interval=2", "parallel.ep=2", "launch.timeout_s=5",
+    "train.eval_sequences=8", "optim.warmup_steps=2", "checkpoint.interval=2", "parallel.ep=2", "launch.timeout_s=60",
     "checkpoint.async_save=false",
 ]  # fmt: skip
 
@@ -56,7 +56,7 @@ def test_killed_and_raised(runs, clean):
 def test_stopped_and_out_of_step(runs, clean):
     """A rank that SIGSTOP has stopped, then one that leaves a collective out: nobody would ever hear from them."""
     stop, skip = Fault(kind="sigstop", rank=1, step=3), Fault(kind="skipped_collective", rank=0, step=5)
-    ran = launch(config := runs("stopped"), stop, skip)
+    ran = launch(config := runs("stopped", "launch.timeout_s=5", "launch.hang_s=60"), stop, skip)
     assert ran.code == exit_codes.OK, ran.text
     assert curve(config) == clean
     assert (

@@ -12,12 +12,13 @@ def test_what_a_rank_says_is_what_is_read(tmp_path):
     assert str(read(tmp_path, 3)) == "start"
     beat("data", 12)
     beat("forward and backward")
+    beat("")
     found = read(tmp_path, 3)
     assert (found.rank, found.step, found.phase, found.count, str(found)) == (
         3,
         12,
         "forward and backward",
-        3,
+        4,
         "step 12, forward and backward",
     )
     (tmp_path / heartbeats.FOLDER / "rank_3").write_bytes(b"half")
