@@ -117,7 +117,7 @@ class _Ended:
         return int(self._path.read_text()) if self._path.exists() else None
 
     def write(self, code: int) -> int:
-        if code != exit_codes.OK and code not in (exit_codes.FAILED, exit_codes.LOST):
+        if environment.under_torchrun() and code not in (exit_codes.OK, exit_codes.FAILED, exit_codes.LOST):
             self._path.write_text(str(code))
         return code
 

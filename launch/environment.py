@@ -31,6 +31,10 @@ def restart() -> str:
     return f"restart_{number}" if number != "0" else ""
 
 
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def restarts_share_store() -> bool:
     """Whether torchrun may restart this rank, and would let it meet the others where the last meeting still stands in the store."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
@@ -49,7 +53,7 @@ def prepare_torchrun() -> None:
 
 def command(words: Sequence[str]) -> list[str]:
     """What a person would type to train with these settings again, in the way that this process was started."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "shoestring.train", *words]
     return [_program(), "train", *words]
 

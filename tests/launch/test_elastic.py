@@ -94,6 +94,7 @@ def restarts(tmp_path, monkeypatch):
 
     def one(number, code, rank=1):
         ran = []
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
         config = rules.replaced(CONFIG, "run_dir", str(tmp_path / "run"))
         return elastic.run_rank(config, Place(rank=rank, world_size=2), lambda *_: ran.append(1) or code, []), bool(ran)
