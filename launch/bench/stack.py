@@ -1,8 +1,9 @@
 """What this software costs beside kernels and links, on a CPU: of each phase of a block the time that its host takes, and how much longer
 kernels take in it than on their own (colder caches, memory that is new); of each exchange likewise; of a step what is left.
 
-Small models of several sizes are trained, as many processes as cores at once, two by two in expert parallelism. What each phase took,
-beside what is projected for its kernels, is a line: host + times x kernels. A CPU is its own host; of a GPU's nothing can be learnt here.
+Small models of several sizes are trained, as many processes as cores at once. What each phase took, beside what is projected for its
+kernels, is a line: host + times x kernels. Then two by two in expert parallelism: what a forward takes beyond its phases is its exchanges'.
+A CPU is its own host; of a GPU's nothing can be learnt here.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from ...parallel.trace import Tracer
 from ...train.engine import Engine
 from ...train.metrics import replace_file
 from ..local import fork_ranks
-from ..simulate.stage import Compute, Load, stages
+from ..simulate.stage import Compute, Exchange, Load, StageSteps, stages
 from ..simulate.step import Job, project_step
 from . import fit
 
@@ -36,12 +37,12 @@ MICRO_BATCHES = 2
 # Width, heads, sequences of a micro-batch, their length, experts, width of each, vocabulary.
 SIZES = (
     (32, 2, 1, 16, 16, 32, 512), (64, 2, 2, 64, 16, 64, 2048), (64, 4, 8, 128, 16, 64, 512), (192, 6, 2, 64, 16, 128, 512),
-    (192, 6, 4, 256, 8, 192, 512), (128, 2, 8, 128, 32, 64, 1024), (256, 4, 2, 256, 16, 256, 512), (96, 6, 1, 512, 16, 96, 512),
+    (128, 2, 8, 128, 32, 64, 1024), (256, 4, 2, 256, 16, 256, 512), (96, 6, 1, 512, 16, 96, 512),
 )  # fmt: skip
 # Of the executor's phases, as whose they count: an exchange's rows are gathered for the experts.
 AS = {"dispatch": "experts", "combine": "experts", "losses": "head"}
 
-Measured = dict[str, float]  # by attention_F and so on, exchange and step: seconds of one, the median of steps
+Measured = dict[str, float]  # by attention_F and so on, forward (of a micro-batch) and step: seconds of one, the median of steps
 
 
 def measure(cluster: ClusterConfig, processes: int, sizes: Sequence[tuple[int, ...]] = SIZES) -> tuple[StackConfig, list[str]]:
@@ -49,26 +50,31 @@ def measure(cluster: ClusterConfig, processes: int, sizes: Sequence[tuple[int, .
     usual = load(["stack=shoestring"]).stack
     plain = dataclasses.replace(usual, peer_wait=0.0, phases={}, host_us_per_step=0.0)
     replicas = max(1, min(processes, 8) // 2)
-    configs = [replaced(replaced(load(_words(*size, replicas)), "cluster", cluster), "stack", plain) for size in sizes]
-    found = fork_ranks(2 * replicas, _train, configs)
-    phases, errors = _fit([_kernels(config) for config in configs], [list(of_ranks) for of_ranks in zip(*found)])
+    layouts = [f"parallel.ep={ep} parallel.edp={2 * replicas // ep}" for ep in (1, 2)]
+    words = [[*_words(*size, 2 * replicas), *layout.split()] for layout in layouts for size in sizes]
+    configs = [replaced(replaced(load(w), "cluster", cluster), "stack", plain) for w in words]
+    found = list(zip(*fork_ranks(2 * replicas, _train, configs)))  # of each model, what each rank found
+    phases, errors = _phases(configs[: len(sizes)], found)
     own = dataclasses.replace(plain, name=cluster.name, phases=phases)
+    split = [replaced(config, "stack", own) for config in configs[len(sizes) :]]
+    exchange, errors["exchange"] = _exchange(configs[len(sizes) :], split, found[len(sizes) :])
+    own = dataclasses.replace(own, phases=phases | {"exchange": exchange})
     beyond = [
         statistics.median(measured["step"] for measured in of_ranks) - project_step(replaced(config, "stack", own), terms=False).ideal
-        for config, of_ranks in zip(configs, zip(*found))
+        for config, of_ranks in zip(configs, found)
     ]
     own = dataclasses.replace(own, host_us_per_step=round(max(0.0, statistics.median(beyond)) * 1e6, 1))
     shown = ", ".join(f"{name} {100 * error:.0f} %" for name, error in errors.items())
     return own, [f"{len(configs)} models on {2 * replicas} processes; the lines are off what was measured, in the middle: {shown}"]
 
 
-def _words(dim: int, heads: int, sequences: int, length: int, experts: int, hidden: int, vocab: int, replicas: int) -> list[str]:
+def _words(dim: int, heads: int, sequences: int, length: int, experts: int, hidden: int, vocab: int, processes: int) -> list[str]:
     return [
-        "model=tiny", "data=synthetic", "optim.warmup_steps=1", "parallel.pp=1", "parallel.ep=2", f"parallel.edp={replicas}",
+        "model=tiny", "data=synthetic", "optim.warmup_steps=1", "parallel.pp=1",
         f"model.dim={dim}", f"model.q_lora_rank={dim // 2}", f"model.kv_lora_rank={dim // 2}", f"model.num_heads={heads}",
         f"model.dense_hidden_dim={3 * dim}", f"model.num_experts={experts}", f"model.expert_hidden_dim={hidden}",
         f"model.vocab_size={vocab}", f"model.max_seq_len={length}", f"data.seq_len={length}", f"train.micro_batch_sequences={sequences}",
-        f"train.global_batch_tokens={MICRO_BATCHES * 2 * replicas * sequences * length}",
+        f"train.global_batch_tokens={MICRO_BATCHES * processes * sequences * length}",
     ]  # fmt: skip
 
 
@@ -131,7 +137,7 @@ class Stopwatch(Tracer):
         self.seconds[name] += time.perf_counter() - began
 
     def of_one(self, config: Config) -> Measured:
-        """Of one phase of one micro-batch; of an exchange what its forward waits, in which nothing else is done meanwhile."""
+        """Of one phase of one micro-batch, and of its forward, in which nothing is done while an exchange is under way."""
         model, num = config.model, config.num_micro_batches
         routed = model.num_layers - model.num_dense_layers
         blocks = {"attention": model.num_layers, "experts": routed, "mlp": model.num_dense_layers, "embed": 1, "head": 1}
@@ -141,32 +147,42 @@ class Stopwatch(Tracer):
             for when in "FBW"
             if self.seconds[f"{phase}_{when}"]
         }
-        waited = self.seconds["action F"] - sum(seconds for name, seconds in self.seconds.items() if name in {f"{p}_F" for p in blocks})
-        return {**of_one, "exchange": waited / (2 * num * routed)}
+        return {**of_one, "forward": self.seconds["action F"] / num}
 
 
 # ---------------------------------------------------------------- lines
 
 
-def _kernels(config: Config) -> Measured:
-    """What is projected for kernels and links alone: of one phase, and of one exchange of forward."""
+def _steps_of(config: Config) -> StageSteps:
+    """What is projected for one micro-batch."""
     job = Job.of(config)
     (steps,) = stages(config, job.rates, Load(), job.layers)
-    alone = {f"{s.name}_{when}": busy.seconds for s in steps if isinstance(s, Compute) for when, busy in s.alone.items()}
-    exchanges = [s.alone["F"] for s in steps if not isinstance(s, Compute) and s.alone]
-    return {**alone, "exchange": statistics.mean(exchanges)}
+    return steps
 
 
-def _fit(projected: Sequence[Measured], measured: Sequence[Sequence[Measured]]) -> tuple[dict[str, PhaseConfig], dict[str, float]]:
-    """By phase: its line, and the median of |line - measured| / measured. `measured`: of each model, what each rank found."""
-    phases, errors = {}, {}
-    names = [name for name in measured[0][0] if name != "step"]
-    for name in names:
-        points = [(kernels[name], m[name]) for kernels, of_ranks in zip(projected, measured) for m in of_ranks]
-        host, times = fit.line(points) if any(x for x, _ in points) else (statistics.median(y for _, y in points), 1.0)  # no kernels
-        phases[name] = PhaseConfig(host_us=round(host * 1e6, 1), times=round(times, 3))
-        errors[name] = statistics.median(abs(host + times * x - y) / y for x, y in points)
-    return phases, errors
+def _phases(configs: Sequence[Config], measured: Sequence[Sequence[Measured]]) -> tuple[dict[str, PhaseConfig], dict[str, float]]:
+    """By phase: its line, and how far that is off. `measured`: of each model, what each rank found."""
+    alone = [{f"{s.name}_{w}": b.seconds for s in _steps_of(c) if isinstance(s, Compute) for w, b in s.alone.items()} for c in configs]
+    names = [name for name in measured[0][0] if name not in ("forward", "step")]
+    lines = {name: _line([(kernels[name], m[name]) for kernels, of_ranks in zip(alone, measured) for m in of_ranks]) for name in names}
+    return {name: line for name, (line, _) in lines.items()}, {name: error for name, (_, error) in lines.items()}
+
+
+def _exchange(alone: Sequence[Config], with_phases: Sequence[Config], measured: Sequence[Sequence[Measured]]) -> tuple[PhaseConfig, float]:
+    """Of one exchange: what a forward takes beyond its phases, by what its links take alone."""
+    points = []
+    for bare, config, of_ranks in zip(alone, with_phases, measured):
+        links = [s.alone["F"] for s in _steps_of(bare) if isinstance(s, Exchange) and s.alone]
+        phases = sum(s.alone["F"].seconds for s in _steps_of(config) if isinstance(s, Compute))
+        points += [(statistics.mean(links), max(m["forward"] - phases, 0.02 * m["forward"]) / len(links)) for m in of_ranks]
+    return _line(points)
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[PhaseConfig, float]:
+    """Of (projected, measured) seconds; and the median of |line - measured| / measured."""
+    host, times = fit.line(points) if any(x for x, _ in points) else (statistics.median(y for _, y in points), 1.0)  # no kernels
+    error = statistics.median(abs(host + times * x - y) / y for x, y in points)
+    return PhaseConfig(host_us=round(host * 1e6, 1), times=round(times, 3)), error
 
 
 def write(path: Path, stack: StackConfig, notes: Sequence[str]) -> Path:

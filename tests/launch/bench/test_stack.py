@@ -8,6 +8,7 @@ from shoestring.conf.schema import PhaseConfig
 from shoestring.launch.bench import stack
 from shoestring.launch.local import fork_ranks
 from shoestring.launch.simulate import project_step
+from shoestring.launch.simulate.stage import Compute, Exchange
 
 LINES = {
     f"{phase}_{when}": PhaseConfig(host_us=100.0 * i + 10 * j, times=round(1 + 0.1 * i + 0.3 * j, 3))
@@ -23,11 +24,16 @@ STEP = 9000.0  # microseconds
 
 def test_what_steps_were_made_of_is_found(monkeypatch):
     def made_up(ranks, job, configs):
-        """Every rank of a model alike: its kernels on the lines."""
-        own = lambda config: dataclasses.replace(config.stack, phases=LINES, host_us_per_step=STEP)
-        steps = [project_step(dataclasses.replace(config, stack=own(config)), terms=False).ideal for config in configs]
-        on_lines = [{name: line.host_us * 1e-6 + line.times * stack._kernels(c)[name] for name, line in LINES.items()} for c in configs]
-        return [[{**phases, "step": step} for phases, step in zip(on_lines, steps)]] * ranks
+        """Every rank of a model alike: its kernels and links on the lines."""
+        found = []
+        for config in configs:
+            config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, phases=LINES, host_us_per_step=STEP))
+            steps = stack._steps_of(config)
+            phases = {f"{s.name}_{w}": s.alone[w].seconds for s in steps if isinstance(s, Compute) for w in "FBW" if s.alone[w].seconds}
+            exchanges = [s.alone["F"] for s in steps if isinstance(s, Exchange) and s.alone]
+            forward = sum(s.alone["F"].seconds for s in steps if isinstance(s, Compute)) + sum(exchanges)
+            found.append({**phases, "forward": forward, "step": project_step(config, terms=False).ideal})
+        return [found] * ranks
 
     monkeypatch.setattr(stack, "fork_ranks", made_up)
     found, (note,) = stack.measure(load(["cluster=cpu"]).cluster, 2)
@@ -48,13 +54,16 @@ def test_the_file_is_what_was_found(tmp_path):
 
 
 def test_real_steps(monkeypatch):
-    """Phases and exchanges of forward are what its actions take; those of all passes are most of a step."""
+    """Phases of forward are most of what it takes; those of all passes are most of a step."""
     monkeypatch.setattr(stack, "STEPS", 4)
-    config = load(stack._words(32, 2, 1, 32, 16, 32, 512, 1))
-    for (measured,) in fork_ranks(2, stack._train, [config]):
-        assert set(measured) == {*LINES, "embed_B", "step"}
-        num = {"attention": 4, "experts": 3, "mlp": 1, "embed": 1, "head": 1, "exchange": 3}
-        one = {name: seconds * num[name.split("_")[0]] * config.num_micro_batches for name, seconds in measured.items() if name != "step"}
-        assert all(seconds > 0 for seconds in measured.values())
-        total = sum(one.values()) + 3 * one["exchange"]  # forward has two of them, and so has backward
-        assert 0.5 * measured["step"] < total < 1.5 * measured["step"]  # a third of the exchanges' time is under weight gradients
+    for ep in (1, 2):
+        config = load([*stack._words(32, 2, 1, 32, 16, 32, 512, 2), f"parallel.ep={ep}", f"parallel.edp={2 // ep}"])
+        for (measured,) in fork_ranks(2, stack._train, [config]):
+            assert set(measured) == {*LINES, "embed_B", "forward", "step"} - {"exchange"} and all(
+                seconds > 0 for seconds in measured.values()
+            )
+            num = {"attention": 4, "experts": 3, "mlp": 1, "embed": 1, "head": 1}
+            one = {name: seconds * num[name.split("_")[0]] for name, seconds in measured.items() if name not in ("forward", "step")}
+            forward = sum(seconds for name, seconds in one.items() if name.endswith("_F"))
+            assert 0.3 * measured["forward"] < forward < 1.2 * measured["forward"]  # medians of different steps, and exchanges
+            assert 0.2 * measured["step"] < config.num_micro_batches * sum(one.values()) < 1.2 * measured["step"]
