@@ -45,19 +45,19 @@ AS = {"dispatch": "experts", "combine": "experts", "losses": "head"}
 Measured = dict[str, float]  # by attention_F and so on, forward (of a micro-batch) and step: seconds of one, the median of steps
 
 
-def measure(cluster: ClusterConfig, processes: int, sizes: Sequence[tuple[int, ...]] = SIZES) -> tuple[StackConfig, list[str]]:
+def measure(cluster: ClusterConfig, processes: int) -> tuple[StackConfig, list[str]]:
     """Shoestring's own stack with what is measured here, and lines about it."""
     usual = load(["stack=shoestring"]).stack
     plain = dataclasses.replace(usual, peer_wait=0.0, phases={}, host_us_per_step=0.0)
     replicas = max(1, min(processes, 8) // 2)
     layouts = [f"parallel.ep={ep} parallel.edp={2 * replicas // ep}" for ep in (1, 2)]
-    words = [[*_words(*size, 2 * replicas), *layout.split()] for layout in layouts for size in sizes]
+    words = [[*_words(*size, 2 * replicas), *layout.split()] for layout in layouts for size in SIZES]
     configs = [replaced(replaced(load(w), "cluster", cluster), "stack", plain) for w in words]
     found = list(zip(*fork_ranks(2 * replicas, _train, configs)))  # of each model, what each rank found
-    phases, errors = _phases(configs[: len(sizes)], found)
+    phases, errors = _phases(configs[: len(SIZES)], found)
     own = dataclasses.replace(plain, name=cluster.name, phases=phases)
-    split = [replaced(config, "stack", own) for config in configs[len(sizes) :]]
-    exchange, errors["exchange"] = _exchange(configs[len(sizes) :], split, found[len(sizes) :])
+    split = [replaced(config, "stack", own) for config in configs[len(SIZES) :]]
+    exchange, errors["exchange"] = _exchange(configs[len(SIZES) :], split, found[len(SIZES) :])
     own = dataclasses.replace(own, phases=phases | {"exchange": exchange})
     beyond = [
         statistics.median(measured["step"] for measured in of_ranks) - project_step(replaced(config, "stack", own), terms=False).ideal

@@ -23,7 +23,8 @@ CASES = [
     ("model=tny", "model = tny: no such choice; there are deepseek_v3, ladder_300m, ladder_3b, llama3_405b, micro, moonlight, small, "),
     (
         "cluster=h10",
-        "cluster = h10: no such choice; there are a100, b200, cpu, gb200, gb300, h100, h20, h200, h800, mi300x, rtx4090; nearest valid value: h100",
+        "cluster = h10: no such choice; there are a100, b200, cpu, gb200, gb300, h100, h20, h200, h800, mi300x, rtx4090; "
+        "nearest valid value: h100",
     ),
     ("optim=3", "optim = 3: no such choice; there are "),
     # values of the wrong type

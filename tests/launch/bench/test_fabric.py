@@ -14,7 +14,7 @@ from shoestring.conf.errors import ConfigError
 from shoestring.conf.schema import RatesConfig
 from shoestring.kernels import fp8_linear  # noqa: F401 (its FLOPs are registered there)
 from shoestring.launch import cli, exit_codes
-from shoestring.launch.bench import cluster_file, fabric, fit, links, probes
+from shoestring.launch.bench import cluster_file, fabric, fit, links, probes, stack
 from shoestring.launch.bench.case import Maker
 from shoestring.launch.bench.cluster_file import Found, Machine
 from shoestring.launch.bench.fit import Rate, Sample
@@ -277,6 +277,8 @@ def test_two_processes(monkeypatch, tmp_path, capsys):
         return [*probes._products(False, ("fp32",), rates), *list(probes._attention(False))[:4], *list(probes._memory())[:14]]
 
     monkeypatch.setattr(fabric, "every_probe", some)
+    monkeypatch.setattr(stack, "SIZES", stack.SIZES[:3])
+    monkeypatch.setattr(stack, "STEPS", 4)
     monkeypatch.setattr(fabric, "SHARING", (2,))
     monkeypatch.setattr(fabric, "COPY_BYTES", (1 << 16,))
     monkeypatch.setattr(fabric, "_busy", partial(fabric._busy, 0.1))
