@@ -155,5 +155,5 @@ def test_paced_exchanges_queue():
     spans, _ = fork_ranks(2, paced_exchanges)
     for rank in range(2):
         first, second = sorted((s for s in spans if s.rank == rank and s.what == "exchange"), key=lambda s: s.end)
-        assert first.end - first.start >= 0.1 - 1e-3
+        assert first.end >= 0.1 - 1e-9  # since the recorder began: an exchange may land before its issue is recorded
         assert second.end - first.end >= 0.1 - 1e-9
