@@ -1,28 +1,35 @@
-"""Faults of processes, on purpose: at one step of one rank, once in a run, through what a rank's `train` is given and nothing else.
+"""Faults, on purpose: at one step of one rank, once in a run, through what a rank's `train` is given and nothing else.
 
     sigkill sigterm sigstop       the rank sends itself that signal
     exception                     raised where forward begins
     skipped_collective            the all-reduce of the step's gradient norm is not taken part in
     slow                          the rank sleeps for `seconds` in `phase`
     clock                         from then on `time.time` is `seconds` ahead (or behind)
+    nan flip_gradient             in the midst of backward: a gradient is no number; a bit of one flips
+    flip_weight flip_state        where forward begins: a bit of a weight, or of a moment, flips
     zero_tokens                   in that step, no token goes to the experts of that expert-parallel rank; on all ranks
-    data_away, data_gone          reads of token files fail with EIO: the next three; from then on
+    data_away data_gone           reads of token files fail with EIO: the next three; from then on
+    corrupt_samples               what the step reads of token files is no token, this time and the next
+    flip_checkpoint truncate      a bit of the newest checkpoint flips, or a file of it is cut; then the rank is killed
+    lose_checkpoints              a bit of each checkpoint flips; then the rank is killed
+    kill_save                     the rank is killed at a touch of the disk, in the save after that step
+    disk_full                     the disk has room for a part of that save, on that rank
     wandb_away                    W&B's server is not there (with `launch.wandb=online`)
     second_job                    another job asks for the run directory; what it is told is kept
 
-What happened when is left in RUN_DIR/faults, in seconds of the monotonic clock: NAME when it was injected, NAME.again when this rank has
-begun the first step of a later try; RUN_DIR/restarts.jsonl has when the launcher saw it.
+What happened when is left in RUN_DIR/faults, in seconds of the monotonic clock: NAME when it was injected, NAME.again when this rank next
+begins a step, or has begun one in a later try. `told.jsonl` has what the ranks' loggers said.
 """
 
 import contextlib
-import errno
 import json
+import logging
+import math
 import os
 import random
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -30,27 +37,33 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from shoestring.conf.errors import ConfigError
-from shoestring.conf.rules import replaced
 from shoestring.conf.schema import Config
-from shoestring.launch import elastic, launcher, lease
+from shoestring.launch import lease
 from shoestring.train import trainer
-from shoestring.train.data import patience, token_cache
-from shoestring.train.engine import Watch
+from shoestring.train.checkpoint.folder import candidates
+
+from . import data, memory, storage
 
 SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
-PHASE = {"exception": "forward and backward", "skipped_collective": "reduce"}  # of the others: data
-KINDS = (*SIGNALS, *PHASE, "slow", "clock", "zero_tokens", "data_away", "data_gone", "wandb_away", "second_job")
+IN_STEP = ("exception", *memory.KINDS)
+IN_SAVE = ("kill_save", "disk_full")
+IN_CHECKPOINTS = ("flip_checkpoint", "truncate", "lose_checkpoints")
+OTHERS = ("slow", "clock", "zero_tokens", "data_away", "data_gone", "corrupt_samples", "wandb_away", "second_job")
+KINDS = (*SIGNALS, "skipped_collective", *IN_STEP, *IN_SAVE, *IN_CHECKPOINTS, *OTHERS)
+PHASE = dict.fromkeys(IN_STEP, "forward and backward") | dict.fromkeys(IN_SAVE, "checkpoint") | {"skipped_collective": "reduce"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`phase`: of the step ("": the kind's own). `always`: each time that the step is begun, not only the first."""
+    """`phase`: of the step ("": the kind's own). `times`: that the step is struck when it is begun again and again in the same try;
+    `always`: each time, in every try."""
 
     kind: str
     rank: int
     step: int
     phase: str = ""
     seconds: float = 0.0
+    times: int = 1
     always: bool = False
 
     def __post_init__(self):
@@ -65,10 +78,11 @@ class Fault:
         return self.phase or PHASE.get(self.kind, "data")
 
 
-def twice(kind: str, seed: int, *, world_size: int, steps: int, **more) -> list[Fault]:
-    """Two faults of a kind, at different steps of a run of so many and on ranks that the seed chooses; none in the first step."""
+def twice(kind: str, seed: int, *, world_size: int, steps: int, first: int = 2, every: int = 1, **more) -> list[Fault]:
+    """Two faults of a kind, on ranks and at steps that the seed chooses: from `first` on, multiples of `every`."""
     rng = random.Random(f"{kind}/{seed}")
-    return [Fault(kind=kind, rank=rng.randrange(world_size), step=step, **more) for step in sorted(rng.sample(range(2, steps + 1), 2))]
+    at = [step for step in range(first, steps + 1) if step % every == 0]
+    return [Fault(kind=kind, rank=rng.randrange(world_size), step=step, **more) for step in sorted(rng.sample(at, 2))]
 
 
 class Faulty:
@@ -90,30 +104,40 @@ class _Mine:
         self.folder, self.config, self.beat, self.stack = Path(config.run_dir) / "faults", config, beat, stack
         self.folder.mkdir(parents=True, exist_ok=True)
         self.faults = [f for f in faults if f.rank == dist.get_rank()]
-        self.before = [f for f in self.faults if (self.folder / f.name).exists()]  # of earlier tries
-        starved = [f for f in faults if f.kind == "zero_tokens"]
-        self.watch = Starved(starved, config) if starved else None
-        self.step = 0
+        self.struck = [f for f in self.faults if (self.folder / f.name).exists()]
+        self.left = {f: math.inf if f.always else 0 if f in self.struck else f.times for f in self.faults}
+        self.watch = memory.Looking(config, {f.step: f.rank % config.parallel.ep for f in faults if f.kind == "zero_tokens"})
+        self.step, self.phase, self.ticks, self.passing = 0, "", 0, stack.enter_context(contextlib.ExitStack())
         if any(f.kind == "wandb_away" for f in faults):
             stack.enter_context(mock.patch.dict(os.environ, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40))
+        handler = _Kept(self.folder / "told.jsonl")
+        logging.getLogger().addHandler(handler)
+        stack.callback(logging.getLogger().removeHandler, handler)
 
     def __call__(self, phase: str, step: int | None = None) -> None:
         self.beat(phase, step)
         self.step = self.step if step is None else step
+        self.phase, self.ticks = (phase, 0) if phase else (self.phase, self.ticks + 1)
         if phase == "data":
-            for f in self.before:
+            self.passing.close()
+            for f in self.struck:
                 self._note(f"{f.name}.again")
-            self.before = []
+            self.struck = []
         for f in self.faults:
-            if (f.step, f.at) == (self.step, phase) and (f.always or not (self.folder / f.name).exists()):
+            if (f.step, f.at) == (self.step, self.phase) and self.left[f] and bool(self.ticks) == (f.kind in memory.MID_BACKWARD):
+                rng = random.Random(f.name)
+                if f.kind in memory.KINDS and not memory.KINDS[f.kind](self.watch.engine, rng):
+                    continue  # not yet
+                self.left[f] -= 1
+                self.struck.append(f)
                 self._note(f.name)
-                self._do(f)
+                self._do(f, rng)
 
     def _note(self, name: str) -> None:
         if not (self.folder / name).exists():
             (self.folder / name).write_text(f"{time.monotonic()}\n")
 
-    def _do(self, f: Fault) -> None:
+    def _do(self, f: Fault, rng: random.Random) -> None:
         if f.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[f.kind])
         elif f.kind == "exception":
@@ -126,9 +150,32 @@ class _Mine:
             now = time.time
             self.stack.enter_context(mock.patch.object(time, "time", lambda: now() + f.seconds))
         elif f.kind in ("data_away", "data_gone"):
-            self.stack.enter_context(data_away(3 if f.kind == "data_away" else sys.maxsize))
+            self.stack.enter_context(data.away(3 if f.kind == "data_away" else math.inf))
+        elif f.kind == "corrupt_samples":
+            self.passing.enter_context(data.garbled())
+        elif f.kind in IN_CHECKPOINTS:
+            found = candidates(Path(self.config.run_dir) / "checkpoints")
+            for checkpoint in found if f.kind == "lose_checkpoints" else found[:1]:
+                (storage.truncate if f.kind == "truncate" else storage.flip_bit)(checkpoint, rng.randrange(1 << 30))
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif f.kind == "kill_save":
+            self.passing.enter_context(storage.touching(storage.kill_at(rng.randrange(8), rng.randrange(1 << 30))))
+        elif f.kind == "disk_full":
+            self.passing.enter_context(storage.touching(storage.full_after(rng.randrange(20_000))))
         elif f.kind == "second_job":
-            (self.folder / f"{f.name}.told").write_text(second_job(self.config))
+            logging.getLogger("second job").warning(second_job(self.config))
+
+
+class _Kept(logging.Handler):
+    """What loggers say, with its time."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([time.monotonic(), record.getMessage()]) + "\n")
 
 
 def _skip_norm() -> None:
@@ -143,21 +190,6 @@ def _skip_norm() -> None:
     dist.all_reduce = skipped
 
 
-@contextlib.contextmanager
-def data_away(times: int) -> Iterator[None]:
-    """So many reads of token files in this process fail. Pauses between tries are short meanwhile."""
-    left = [times]
-
-    def away(path, *args, **kwargs):
-        if left[0] and str(path).endswith(".bin"):
-            left[0] -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return open(path, *args, **kwargs)
-
-    with mock.patch.object(token_cache, "open", away, create=True), mock.patch.object(patience, "PAUSES_S", (0.05, 0.1, 0.2, 0.4)):
-        yield
-
-
 def second_job(config: Config) -> str:
     """What another job in the run directory is told; "" if it were let in."""
     try:
@@ -165,91 +197,3 @@ def second_job(config: Config) -> str:
             return ""
     except ConfigError as error:
         return str(error)
-
-
-class Starved(Watch):
-    """In the steps of the faults, an expert-parallel rank's experts get no token, whoever sends them."""
-
-    def __init__(self, faults: Sequence[Fault], config: Config):
-        self._rank_of = {f.step: f.rank % config.parallel.ep for f in faults}
-        self._experts = config.model.num_experts // config.parallel.ep
-
-    def routing(self, step: int, samples: Sequence[int]):
-        if step + 1 not in self._rank_of or self._rank_of[step + 1] is None:
-            return None
-        first = self._rank_of[step + 1] * self._experts
-
-        def choose(layer, select, score_TE):
-            away_E = torch.zeros(score_TE.shape[1], dtype=score_TE.dtype)
-            away_E[first : first + self._experts] = 10.0  # below any score
-            return select(score_TE - away_E)
-
-        return choose
-
-
-# ---------------------------------------------------------------- runs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ran:
-    """A launch that is over: its exit code, what it printed, and the times of its faults (monotonic seconds), by name."""
-
-    code: int
-    text: str
-    injected: dict[str, float]
-    again: dict[str, float]
-    restarts: list[dict]
-
-
-def launch(config: Config, *faults: Fault, timeout_s: float = 120.0) -> Ran:
-    """As `shoestring train` on this machine would, in a process of its own; with all that it has started, it is gone afterwards."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    output = run_dir / "output.txt"
-    sys.stdout.flush(), sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.setsid()
-            with open(output, "ab") as file:
-                for target in {1, 2, sys.stdout.fileno(), sys.stderr.fileno()}:
-                    os.dup2(file.fileno(), target)
-            with lease.held(run_dir):
-                code = launcher.here(config, "cpu", ["shoestring", "train"], Faulty(*faults))
-            sys.stdout.flush(), sys.stderr.flush()
-        finally:
-            os._exit(code)
-    code = _wait(child, timeout_s)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    return _ran(run_dir, code, output.read_text(errors="replace"))
-
-
-def node_loss(config: Config, fault: Fault, survivors: int, *, timeout_s: float = 120.0) -> tuple[Ran, Ran]:
-    """A rank is killed and not replaced: the first job ends, and one of `survivors` ranks goes on, as torchrun's elastic ranks would."""
-    lost = launch(replaced(config, "launch.max_restarts", 0), fault, timeout_s=timeout_s)
-    return lost, launch(elastic.fitting(config, survivors), timeout_s=timeout_s)
-
-
-def _wait(child: int, timeout_s: float) -> int:
-    until = time.monotonic() + timeout_s
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > until:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise TimeoutError(f"the launch was not over after {timeout_s:g} s")
-        time.sleep(0.02)
-    return os.waitstatus_to_exitcode(ended[1])
-
-
-def _ran(run_dir: Path, code: int, text: str) -> Ran:
-    times = {path.name: float(path.read_text()) for path in (run_dir / "faults").glob("*") if path.suffix != ".told"}
-    restarts = run_dir / "restarts.jsonl"
-    return Ran(
-        code=code,
-        text=text,
-        injected={name: at for name, at in times.items() if not name.endswith(".again")},
-        again={name.removesuffix(".again"): at for name, at in times.items() if name.endswith(".again")},
-        restarts=[json.loads(line) for line in restarts.read_text().splitlines()] if restarts.exists() else [],
-    )
