@@ -1,6 +1,7 @@
 """What a run does about a step that looks wrong, before any weight has changed: alike on all ranks, since all see the same numbers.
 
 loss or gradient norm not finite, or far above what they were     computed again
+samples that read back other than they were written               computed again
 ... and sound then                                                a passing fault: that one is taken
 ... and as bad                                                    the samples are left out, and the next ones are taken
 ... of several steps in a row                                     back to the last checkpoint, without the samples since
@@ -69,6 +70,11 @@ class Guard:
         self.losses.append(loss)
         self.norms.append(norm)
         self.in_a_row = 0
+
+    @property
+    def is_last_try(self) -> bool:
+        """Whether one more step that cannot be trained on would be too many."""
+        return self.in_a_row + 1 >= self.config.patience
 
     def left_out(self, why: str) -> None:
         """Raises GoBack where too many steps in a row were."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..conf.phases import Phase
 from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
-from .data.corpus import Corpus
+from .data.corpus import Corpus, DamagedSample
 from .engine import Beat, Engine, Gradients, StepResult, Watch, learning_rate, silent
 from .signals import Heard, pack
 
@@ -48,6 +48,7 @@ class PhaseRun:
         self.engine = Engine(phase.config, device, mesh, watch, beat=beat)
         self.dp_rank = self.engine.mesh.dp_rank
         self.at_rest: dict[str, int] = {}  # after the last update; empty: not known
+        self.damage: str | None = None  # why the step's samples are not what they should be
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.phase.config.optim, step - self.phase.first_step, self.phase.num_steps)
@@ -67,6 +68,7 @@ class PhaseRun:
         if self.at_rest:
             signals["changed"] = self.engine.sums() != self.at_rest
             signals |= {name: self.at_rest[name] % 2**53 for name in ("dense", "experts")}
+        signals["unreadable"] = self.damage is not None
         return pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **signals)
 
     def changed(self, heard: Heard) -> str | None:
@@ -86,12 +88,18 @@ class PhaseRun:
                 )
         return None
 
+    def unreadable(self, heard: Heard) -> str | None:
+        """Whose samples are damaged. Alike on all ranks."""
+        ranks = [str(rank) for rank, damaged in enumerate(heard.each["unreadable"]) if damaged]
+        return f"damaged samples on rank {', '.join(ranks)}" if ranks else None
+
     def blame(self, step: int, samples: np.ndarray) -> list[str]:
-        """Computed once more, and not summed over ranks: what is not finite, where, of which samples. Collective; alike on all ranks."""
+        """Computed once more, and not summed over ranks: what is not finite, where, of which samples. Or which file is damaged. Collective;
+        alike on all ranks."""
         mine = self._mine(samples)
         found = self.engine.blame(self._read(step, samples))
         said: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, found.sentence(mine.tolist()) if found else None)
+        dist.all_gather_object(said, self.damage or (f"not finite: {found.sentence(mine.tolist())}" if found else None))
         return [f"rank {rank}: {sentence}" for rank, sentence in enumerate(said) if sentence]
 
     def _mine(self, samples: np.ndarray) -> np.ndarray:
@@ -101,9 +109,14 @@ class PhaseRun:
         return samples.reshape(-1, c.parallel.dp, c.train.micro_batch_sequences)[:, self.dp_rank]
 
     def _read(self, step: int, samples: np.ndarray) -> list[MicroBatch]:
-        """This rank's micro-batches."""
+        """This rank's micro-batches. Damaged ones are replaced, and told in `damage`: the step is taken part in, and not applied."""
         indices = self._mine(samples)
-        rows = self.corpus.train(indices.flatten(), phase=self.phase.stream)
+        self.damage = None
+        try:
+            rows = self.corpus.train(indices.flatten(), phase=self.phase.stream)
+        except DamagedSample as error:
+            self.damage = str(error)
+            rows = torch.zeros(indices.size, self.phase.config.data.seq_len + 1 + self.phase.config.model.mtp_depth, dtype=torch.int64)
         batches = [self._micro_batch(part) for part in rows.split(indices.shape[1])]
         for batch, of_batch in zip(batches, indices.tolist()):
             batch.choose = self.engine.watch.routing(step, of_batch)

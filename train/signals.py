@@ -8,8 +8,9 @@ from torch import Tensor
 # Over ranks: how many were asked to stop; whether it is time to save, and whether the budget is spent (the first rank says); how many are
 # done with the last save.
 SUMS = ("stop", "save", "saved", "spent")
-# Of each rank: its peak, bytes; whether its memory changed between two updates; what its dense weights, and its experts', add up to.
-EACH = ("memory", "changed", "dense", "experts")
+# Of each rank: its peak, bytes; whether its memory changed between two updates; whether it could not read its samples; what its dense
+# weights, and its experts', add up to.
+EACH = ("memory", "changed", "unreadable", "dense", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from .checkpoint.checkpointer import Checkpointer, read_extra
 from .checkpoint.folder import mend, torn
 from .checkpoint.manifest import CheckpointError, DamagedError
 from .checkpoint.saves import Saves, State
-from .data.corpus import open_corpus
+from .data.corpus import DataError, open_corpus
 from .engine import Beat, Gradients, Watch, silent
 from .guard import GoBack, Guard
 from .left_out import Window, configured, take
@@ -358,8 +358,12 @@ class _Session:
             if not trouble:
                 return found, heard, samples
             self.part.engine.discard()
-            for sentence in self.part.blame(p.step, samples) if not math.isfinite(found.grad_norm) else ():
-                self.log(f"  not finite on {sentence}")
+            damaged = self.part.unreadable(heard)
+            blame = self.part.blame(p.step, samples) if damaged or not math.isfinite(found.grad_norm) else []
+            for sentence in blame:
+                self.log(f"  {sentence}")
+            if damaged and self.guard.is_last_try:
+                raise DataError(f"step {p.step + 1}, and {self.guard.in_a_row} before it: {'; '.join(blame)}")
             self._leave_out(int(samples[0]), int(samples[-1]), trouble)
             self.guard.left_out(trouble)
 
@@ -373,7 +377,7 @@ class _Session:
         heard = unpack(found.flags)
         if changed := self.part.changed(heard):
             raise GoBack(changed, without_since=False)
-        return found, heard, self.guard.trouble(found.loss, found.grad_norm)
+        return found, heard, self.part.unreadable(heard) or self.guard.trouble(found.loss, found.grad_norm)
 
     def _leave_out(self, first: int, last: int, why: str) -> None:
         """For good: on disk before anything else happens."""

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ...conf.schema import ConfigError, DataConfig
 from . import sources
-from .documents import DataError, Document, Piece, Source, read_hopefully
+from .documents import DamagedSample, DataError, Document, Piece, Source, read_hopefully
 from .shuffle import FeistelPermutation, Mixture
 from .token_cache import FORMAT, PieceRecord, SourceCache, TokenStream, held_out, locked
 from .tokenizer import FIM_TOKENS, MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, canonical_hash, load_tokenizer, train_bpe, write_atomically
 
-__all__ = ["Corpus", "DataError", "Position", "SourceSummary", "Tokenizer", "build", "check", "open_corpus"]
+__all__ = ["Corpus", "DamagedSample", "DataError", "Position", "SourceSummary", "Tokenizer", "build", "check", "open_corpus"]
 
 _BPE_SAMPLE_PER_ID = 1500  # characters of training text for each id of a BPE: 3 MB for 2048
 _BPE_SAMPLE_PIECES = 16  # of each source, evenly spaced, so that the sample is not all of one kind
@@ -143,7 +143,7 @@ class Corpus:
         if out.size and out.max() >= self.tokenizer.vocab_size:
             row = int(np.argmax(out.max(axis=1)))
             file = streams[which[row]].file_of(int(sample[row]) * self._seq_len + int(np.argmax(out[row])))
-            raise DataError(f"{file} is damaged: it holds the token id {out.max()}, the vocabulary has {self.tokenizer.vocab_size}; "
+            raise DamagedSample(f"{file} is damaged: it holds the token id {out.max()}, the vocabulary has {self.tokenizer.vocab_size}; "
                             f"delete {file.parent} and run again, it will be rebuilt")  # fmt: skip
         return torch.from_numpy(out)
 

@@ -17,6 +17,10 @@ class DataError(RuntimeError):
     """The data cannot be used: what is wrong, where, and what to do next."""
 
 
+class DamagedSample(DataError):
+    """What was read for a sample is no sample; others may be sound."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Document:
     text: str
