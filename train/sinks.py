@@ -162,18 +162,20 @@ class ConsoleSink(Sink):
 class WandbSink(Sink):
     """Weights & Biases: `disabled`, `offline` (sync later with `wandb sync`) or `online`. A resumed run continues the same W&B run.
 
-    Its id is kept in `wandb_id.txt` of the run directory. Nothing waits longer than `timeout_s` for the server: where it does not answer
-    at the start, this session's records stay on this machine, as with `offline`.
+    Its id is kept in `wandb_id.txt` of the run directory. Nothing waits longer than `timeout_s` for the server (None: 20 s, and
+    far less than the other ranks wait for this one): where it does not answer at the start, this session's records stay on this machine, as
+    with `offline`.
     """
 
     hint = "launch.wandb=offline records on this machine, for `wandb sync` later; launch.wandb=disabled does without."
 
-    def __init__(self, config: Config, run_dir: str | Path, *, mode: str, project: str, timeout_s: float = 20.0):
+    def __init__(self, config: Config, run_dir: str | Path, *, mode: str, project: str, timeout_s: float | None = None):
         self._run = None
         if mode == "disabled":
             self._stopped = True
             return
-        self._guard(self._reach, config, Path(run_dir), mode, project, timeout_s)
+        seconds = min(20.0, config.launch.timeout_s / 4) if timeout_s is None else timeout_s
+        self._guard(self._reach, config, Path(run_dir), mode, project, seconds)
 
     def _reach(self, config: Config, run_dir: Path, mode: str, project: str, timeout_s: float) -> None:
         try:
