@@ -296,6 +296,7 @@ class GuardConfig(Section):
     patience: int = 3  # steps in a row that cannot be trained on: with so many, back to the last checkpoint
     rollbacks: int = 3  # in a row, with no new checkpoint between
     checksums: bool = True  # of weights and moments around every step: memory that changes by itself is found
+    stragglers: float = 0.2  # of a step, that a rank keeps the others waiting, step after step, from which on it is told; 0: never
 
 
 MEMORY_SHARES = {"norm": 0.38, "quantise": 0.6, "columns": 0.9, "permute": 0.79, "sum": 0.54, "swiglu": 0.68, "other": 0.48}

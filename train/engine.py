@@ -162,6 +162,7 @@ class Engine:
         self.sentinel = Sentinel(config=config, fp8=fp8, stages=self.stages, device=self.device) if fp8 else None
         self.biases = self._share_biases()
         self.optimizer = make_optimizer(config.optim, self._specs())
+        self.optimizer.waiting = transport.waiting
         for stage in self.stages.values():
             stage.prepare()
         self.executor = self._build_executor()

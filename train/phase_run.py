@@ -16,9 +16,11 @@ from torch import Tensor
 from ..conf.phases import Phase
 from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
+from ..parallel.transport import Transport
 from .data.corpus import Corpus, DamagedSample
-from .engine import Beat, Engine, Gradients, StepResult, Watch, learning_rate, silent
+from .engine import Engine, Gradients, StepResult, Watch, learning_rate
 from .signals import Heard, pack
+from .stragglers import Busy, Stragglers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,13 @@ class PhaseRun:
         *,
         mesh: Mesh | None = None,
         watch: Watch | None = None,
-        beat: Beat = silent,
+        beat: Busy | None = None,
     ):
-        self.phase, self.corpus, self.device, self.beat = phase, corpus, device, beat
-        self.engine = Engine(phase.config, device, mesh, watch, beat=beat)
+        self.phase, self.corpus, self.device, self.beat = phase, corpus, device, beat or Busy()
+        self.engine = Engine(phase.config, device, mesh, watch, Transport(self.beat.own), beat=self.beat)
         self.dp_rank = self.engine.mesh.dp_rank
         self.at_rest: dict[str, int] = {}  # after the last update; empty: not known
+        self.stragglers, self.step_seconds = Stragglers(phase.config.parallel, phase.config.guard.stragglers), 0.0
         self.damage: str | None = None  # why the step's samples are not what they should be
 
     def learning_rate(self, step: int) -> float:
@@ -61,6 +64,7 @@ class PhaseRun:
     def apply(self, step: int, found: Gradients) -> StepResult:
         result = self.engine.apply(found, self.learning_rate(step))
         self.at_rest = self.engine.sums() if self.phase.config.guard.checksums else {}
+        self.beat.rest()
         return result
 
     def _flags(self, **signals: float) -> Tensor:
@@ -69,7 +73,12 @@ class PhaseRun:
             signals["changed"] = self.engine.sums() != self.at_rest
             signals |= {name: self.at_rest[name] % 2**53 for name in ("dense", "experts")}
         signals["unreadable"] = self.damage is not None
-        return pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **signals)
+        busy, self.step_seconds = self.beat.take()
+        return pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **busy, **signals)
+
+    def late(self, step: int, heard: Heard) -> list[str]:
+        """Who kept the others waiting in step `step` (0 is the first)."""
+        return self.stragglers.hear(step + 1, heard.each, self.step_seconds)
 
     def changed(self, heard: Heard) -> str | None:
         """Whose memory is not what it should be; None if it all is. Alike on all ranks."""

@@ -9,8 +9,8 @@ from torch import Tensor
 # done with the last save.
 SUMS = ("stop", "save", "saved", "spent")
 # Of each rank: its peak, bytes; whether its memory changed between two updates; whether it could not read its samples; what its dense
-# weights, and its experts', add up to.
-EACH = ("memory", "changed", "unreadable", "dense", "experts")
+# weights, and its experts', add up to; how long it was busy itself, seconds.
+EACH = ("memory", "changed", "unreadable", "dense", "experts", "busy_data", "busy_compute", "busy_update")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from .records import make_record
 from .resume import Progress, check_same_run, find_start, kept
 from .signals import Heard, unpack
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+from .stragglers import Busy
 from .traces import Traces
 
 
@@ -94,7 +95,8 @@ class _Session:
         beat: Beat = silent,
         job: str = "",
     ):
-        self.config, self.device, self.stop, self.log, self.watch, self.beat = config, device, stop, log, watch, beat
+        self.config, self.device, self.stop, self.log, self.watch = config, device, stop, log, watch
+        self.beat = Busy(beat, on_gpu=device.type == "cuda")
         self.books, self.guard, self.spent = Books(config, Path(config.run_dir), job, log), Guard(config.guard), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
@@ -321,6 +323,8 @@ class _Session:
         sentinel = self.part.engine.sentinel
         self.traces.begin(p.step + 1, self.part.engine.executor)
         found, heard, samples = self._sound(batch_tokens // phase.config.data.seq_len)
+        for sentence in self.part.late(p.step, heard) if self.is_main else ():
+            self.log(sentence)
         result = self.part.apply(p.step, found)
         self.guard.taken(found.loss, found.grad_norm)
         look = sentinel.report(p.step) if sentinel else None

@@ -134,8 +134,9 @@ class WholeOptimizer(ShardedOptimizer):
                 self._pending.append(Named(work, f"{collective.__name__} of rank {rank}'s share", buffer.group))
 
     def _wait(self):
-        while self._pending:
-            self._pending.pop().wait()
+        with self.waiting:
+            while self._pending:
+                self._pending.pop().wait()
 
     def _owned_grads(self):
         self._wait()

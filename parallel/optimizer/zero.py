@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ...conf.schema import OptimConfig
 from .._torch import foreach_mul_, foreach_norm
+from ..transport import UNHEARD
 from .average import Average
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,10 @@ class ShardedOptimizer(ABC):
     """Backward adds into `main_grad[name]`, also found as `param.main_grad`: shaped like the parameter, FP32 (FP64 for FP64 weights).
 
     One step is `reduce` (of each stage once, in any order that all ranks share), `norm`, `step`. Another order is a RuntimeError.
+    `waiting` may be set to what is to be entered while it waits for other ranks.
     """
+
+    waiting: AbstractContextManager = UNHEARD
 
     def __init__(self, specs: Sequence[Spec], optim: OptimConfig):
         check(specs)
@@ -83,7 +88,8 @@ class ShardedOptimizer(ABC):
             raise RuntimeError(f"reduce({stage}) in step {self.steps}: of stages {sorted(self._stages)}, {sorted(self._unreduced)} remain")
         if stages:
             self._unreduced -= stages
-            self._start(stages)
+            with self.waiting:  # an engine may reduce at once
+                self._start(stages)
 
     def norm(self, scale: float) -> Tensor:
         """Multiply the reduced gradients by `scale`, and the global norm of the result: a scalar tensor, equal on all ranks.
