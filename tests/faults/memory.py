@@ -5,18 +5,17 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-from shoestring.conf.schema import Config
 from shoestring.train.engine import Engine, Watch
 from torch import Tensor
 
 
 class Looking(Watch):
-    """Gives faults the engine. In a step of `starved`, no token goes to the experts of that expert-parallel rank, whoever sends it."""
+    """Gives faults the engine. In a step of `starved`, no token goes to the experts of a rank, whoever sends it."""
 
-    def __init__(self, config: Config, starved: dict[int, int]):
-        """`starved`: by step, 1 is the first."""
+    def __init__(self, starved: dict[int, tuple[int, int]]):
+        """`starved`: by step (1 is the first), a rank, and the number of ranks that share the experts."""
         self.engine: Engine | None = None
-        self._starved, self._experts = starved, config.model.num_experts // config.parallel.ep
+        self._starved = starved
 
     def begun(self, engine: Engine) -> None:
         self.engine = engine
@@ -24,11 +23,11 @@ class Looking(Watch):
     def routing(self, step: int, samples: Sequence[int]) -> Callable | None:
         if step + 1 not in self._starved:
             return None
-        first = self._starved[step + 1] * self._experts
+        rank, ep = self._starved[step + 1]
 
         def choose(layer, select, score_TE):
             away_E = torch.zeros(score_TE.shape[1], dtype=score_TE.dtype)
-            away_E[first : first + self._experts] = 10.0  # below any score
+            away_E.view(ep, -1)[rank % ep] = 10.0  # below any score
             return select(score_TE - away_E)
 
         return choose

@@ -55,14 +55,15 @@ PHASE = dict.fromkeys(IN_STEP, "forward and backward") | dict.fromkeys(IN_SAVE, 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`phase`: of the step ("": the kind's own). `times`: that the step is struck when it is begun again and again in the same try;
-    `always`: each time, in every try."""
+    """`phase`: of the step ("": the kind's own). `ep`: ranks that share the experts, of `zero_tokens` (0: the layout's). `times`: that
+    the step is struck when it is begun again and again in the same try; `always`: each time, in every try."""
 
     kind: str
     rank: int
     step: int
     phase: str = ""
     seconds: float = 0.0
+    ep: int = 0
     times: int = 1
     always: bool = False
 
@@ -106,8 +107,8 @@ class _Mine:
         self.faults = [f for f in faults if f.rank == dist.get_rank()]
         self.struck = [f for f in self.faults if (self.folder / f.name).exists()]
         self.left = {f: math.inf if f.always else 0 if f in self.struck else f.times for f in self.faults}
-        self.watch = memory.Looking(config, {f.step: f.rank % config.parallel.ep for f in faults if f.kind == "zero_tokens"})
-        self.step, self.phase, self.ticks, self.passing = 0, "", 0, stack.enter_context(contextlib.ExitStack())
+        self.watch = memory.Looking({f.step: (f.rank, f.ep or config.parallel.ep) for f in faults if f.kind == "zero_tokens"})
+        self.step, self.phase, self.ticks, self.hit, self.passing = 0, "", 0, set(), stack.enter_context(contextlib.ExitStack())
         if any(f.kind == "wandb_away" for f in faults):
             stack.enter_context(mock.patch.dict(os.environ, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40))
         handler = _Kept(self.folder / "told.jsonl")
@@ -118,17 +119,20 @@ class _Mine:
         self.beat(phase, step)
         self.step = self.step if step is None else step
         self.phase, self.ticks = (phase, 0) if phase else (self.phase, self.ticks + 1)
+        self.hit = set() if phase else self.hit
         if phase == "data":
             self.passing.close()
             for f in self.struck:
                 self._note(f"{f.name}.again")
             self.struck = []
         for f in self.faults:
-            if (f.step, f.at) == (self.step, self.phase) and self.left[f] and bool(self.ticks) == (f.kind in memory.MID_BACKWARD):
+            now = (f.step, f.at, f.kind in memory.MID_BACKWARD) == (self.step, self.phase, self.ticks > 0)
+            if now and self.left[f] and f not in self.hit:
                 rng = random.Random(f.name)
                 if f.kind in memory.KINDS and not memory.KINDS[f.kind](self.watch.engine, rng):
                     continue  # not yet
                 self.left[f] -= 1
+                self.hit.add(f)
                 self.struck.append(f)
                 self._note(f.name)
                 self._do(f, rng)
