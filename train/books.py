@@ -34,7 +34,7 @@ class Books:
 
     def begin(self, config: Config, step: int) -> None:
         """The session goes on from `step`. What was recorded of later ones is lost; what the job waited for is the run's, too."""
-        self._open(config, step, ledger.waited(self.run_dir, self.job, time.time() - (time.monotonic() - self._began)))
+        self._open(config, step, ledger.waited(self.run_dir, self.job, self._began, ledger.this_boot()))
         self.budget.step_took(self._past.step_seconds)
 
     def back(self, config: Config, step: int) -> None:
@@ -49,8 +49,10 @@ class Books:
         self._past = dataclasses.replace(
             past, seconds=past.seconds + waited, dollars=past.dollars + waited * second, gpu_hours=past.gpu_hours + waited * devices / 3600
         )
-        seconds = self._past.seconds
-        began = ledger.Began(session=self.session, job=self.job, time_unix=time.time(), seconds=seconds, devices=devices, dollars=second)
+        began = ledger.Began(
+            session=self.session, job=self.job, time_unix=time.time(), boot=ledger.this_boot(), monotonic=self._began,
+            seconds=self._past.seconds, devices=devices, dollars=second,
+        )  # fmt: skip
         ledger.note(self.run_dir, began)
 
     def so_far(self) -> dict[str, float]:

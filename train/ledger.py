@@ -5,10 +5,13 @@ Made of what is on disk, so that no kill can make it wrong: records kept (metric
     sessions.jsonl    a line for each begin of a session, with what a second of it costs; another for each that ended of itself
 
 What passes between a session's last sign of life and the next one's begin is the job's while both are one job's: it waited to go on.
+How long that was is told by the machine's monotonic clock, which all sessions since it was booted share. Between machines, and over a boot,
+there is the wall clock alone: if that is set meanwhile, a wait is booked as so much longer or shorter.
 """
 
 import json
 import os
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +28,16 @@ PARTS = ("steps", "lost steps", "evaluation", "checkpoints", "starts", "restarts
 
 @dataclass(frozen=True, kw_only=True)
 class Began:
-    """`seconds`: that the run had been held for when the session began, with the wait before it. `dollars`: of a second."""
+    """`seconds`: that the run had been held for when the session began, with the wait before it. `dollars`: of a second.
+
+    `boot`, `monotonic`: which boot of which machine ("": not known), and its monotonic clock when the session began.
+    """
 
     session: int
     job: str
     time_unix: float
+    boot: str = ""
+    monotonic: float = 0.0
     seconds: float
     devices: int
     dollars: float
@@ -83,15 +91,25 @@ def events(run_dir: Path) -> tuple[list[Began], dict[int, Ended]]:
     return began, ended
 
 
-def waited(run_dir: Path, job: str, now: float) -> float:
-    """Seconds from the last sign of life of a session of the same job until `now` (seconds since 1970); 0 after another job's, and where
-    the clock was set back."""
+def waited(run_dir: Path, job: str, monotonic: float, boot: str) -> float:
+    """Seconds from the last sign of life of a session of the same job until that moment of this machine's monotonic clock, since this boot;
+    0 after another job's, and where another machine's clock is ahead."""
     began, ended = events(run_dir)
     if not began or began[-1].job != job:
         return 0.0
-    signs = [began[-1].time_unix, *(end.time_unix for end in [ended.get(began[-1].session)] if end)]
-    signs += [r.time_unix for name in FILES for r in _records(run_dir / name) if r.session == began[-1].session]
-    return max(0.0, now - max(signs))
+    last = began[-1]
+    signs = [last, *(end for end in [ended.get(last.session)] if end)]
+    signs += [r for name in FILES for r in _records(run_dir / name) if r.session == last.session]
+    if boot and boot == last.boot:
+        return max(0.0, monotonic - last.monotonic - (max(sign.seconds for sign in signs) - last.seconds))
+    now = time.time() - (time.monotonic() - monotonic)
+    return max(0.0, now - max(sign.time_unix for sign in signs))
+
+
+def this_boot() -> str:
+    """Of this machine; "" where the system has no name for it."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 def account(run_dir: Path) -> Ledger:

@@ -113,8 +113,7 @@ class Kind:
     outcome: str = "the same curve"
 
     def faults(self, world_size: int, seed: int) -> list[Fault]:
-        last = STEPS - 1 - STEPS % self.every if self.every > 1 else STEPS
-        found = twice(self.fault, seed, world_size=world_size, steps=last, first=self.first, every=self.every, times=self.times)
+        found = twice(self.fault, seed, world_size=world_size, steps=STEPS - 1, first=self.first, every=self.every, times=self.times)
         return [replace(f, seconds=s) for f, s in zip(found, self.seconds)]
 
 
@@ -190,17 +189,16 @@ def repaired(place: Place, kind: Kind, layout: str, config: Config, faults: list
 def lost_node(place: Place, kind: Kind, layout: str, config: Config, faults: list[Fault]) -> Row:
     """A rank is lost for good, and another after it. The layout becomes what is left, if that keeps every shard; else the run says what
     would do, and goes on from its checkpoint in a layout that somebody chooses."""
-    runs, wrong, now = [], [], config
+    runs, wrong, now, struck = [], [], config, []
     for f in faults:
-        f = replace(f, rank=f.rank % now.parallel.world_size)
+        struck.append(f := replace(f, rank=f.rank % now.parallel.world_size))
         runs.append(launch(replaced(now, "launch.max_restarts", 0), f))
         if runs[-1].code not in (exit_codes.LOST, -9):  # a world of one is its own launcher, and is gone with it
             wrong.append(f"the loss of rank {f.rank} ended with code {runs[-1].code}")
         now = _with_less(now, now.parallel.world_size - 1, wrong)
     runs.append(launch(now))
     wrong += [*_ended_well(runs), *_books(config, runs), *_near(curve(config), place.clean(layout))]
-    detected = [_detected([ran], kind, f) if ran.code == exit_codes.LOST else None for ran, f in zip(runs, faults)]
-    return replace(_row(kind, layout, faults, runs, wrong, told=False), detected=detected)
+    return _row(kind, layout, struck, runs, wrong)
 
 
 def _with_less(config: Config, survivors: int, wrong: list[str]) -> Config:
@@ -221,7 +219,7 @@ KINDS = [
     Kind(name="SIGSTOP", fault="sigstop", told=r"rank {rank} does not answer .*in step {step}, ", words=SHORT),
     Kind(name="exception in forward", fault="exception", told=r"rank {rank}: RuntimeError: injected into .* step {step}"),
     Kind(name="collective left out", fault="skipped_collective", told=r"rank {rank} did not come to .*in step {step}, ", words=SHORT),
-    Kind(name="slow rank", fault="slow", told=r"step {step} took .*rank {rank} ", first=7, seconds=(3.0, 3.0)),
+    Kind(name="slow rank", fault="slow", told=r"step {step} took .*rank {rank} ", first=9, words=("checkpoint.interval=6",), seconds=(3.0, 3.0)),
     Kind(name="rank without tokens", fault="zero_tokens", told="", judge=starved, outcome="as one process, to 1e-6"),
     Kind(name="NaN in a gradient", fault="nan", told=r"step {step}: .*nan.*; computed again, it is sound"),
     Kind(
@@ -248,11 +246,14 @@ KINDS = [
         name="data gone", fault="data_gone", told=r"error: rank {rank}: .* cannot be read", judge=repaired, code=exit_codes.DATA,
         outcome="stopped; the same curve when it is back",
     ),
-    Kind(name="W&B away", fault="wandb_away", told="W&B does not answer", words=("launch.wandb=online",), judge=server_away),
+    Kind(
+        name="W&B away", fault="wandb_away", told="W&B does not answer", words=("launch.wandb=online", "launch.timeout_s=16"),
+        judge=server_away,
+    ),
     Kind(name="clock +1 h, -1 h", fault="clock", told="", seconds=(3600.0, -3600.0)),
     Kind(name="second job", fault="second_job", told="another job trains there"),
     Kind(
-        name="node lost", fault="sigkill", told=r"rank \d+ was killed by SIGKILL", judge=lost_node, first=5,
+        name="node lost", fault="sigkill", told="", judge=lost_node, first=5,
         outcome="fewer ranks, within 1e-6",
     ),
 ]  # fmt: skip
@@ -279,11 +280,11 @@ def _until_done(config: Config, faults: Sequence[Fault], code: int) -> list[Ran]
     return runs
 
 
-def _row(kind: Kind, layout: str, faults: Sequence[Fault], runs: list[Ran], wrong: list[str], *, told: bool = True) -> Row:
+def _row(kind: Kind, layout: str, faults: Sequence[Fault], runs: list[Ran], wrong: list[str]) -> Row:
     injected, again = runs[-1].injected, runs[-1].again
-    wrong = [*wrong, *(f"{f.name} was not injected" for f in faults if told and f.name not in injected)]
+    wrong = [*wrong, *(f"{f.name} was not injected" for f in faults if f.name not in injected)]
     detected = [_detected(runs, kind, f) for f in faults]
-    wrong += [f"{f.name} was not told" for f, at in zip(faults, detected) if told and kind.told and at is None]
+    wrong += [f"{f.name} was not told" for f, at in zip(faults, detected) if kind.told and at is None]
     times = [again[f.name] - injected[f.name] if f.name in again else None for f in faults]
     return Row(kind=kind.name, layout=layout, faults=faults, detected=detected, again=times, outcome=kind.outcome, wrong=wrong)
 
