@@ -129,9 +129,10 @@ class Stragglers:
         self._silent[phase, rank] = step + length, 2 * length
         share = (takes[rank] - peers[rank]) / statistics.median(list(self._seconds)[-count:])
         others = f" (and {often.sum() - 1} more ranks)" if often.sum() > 1 else ""
+        which = "beside the others it was" if self._alone and phase else "its peers"
         return [
             f"rank {rank}{others} is slow: {_title(phase)} takes it {takes[rank]:.3g} s of each step, "
-            f"{'beside the others it was' if self._alone and phase else 'its peers'} {peers[rank]:.3g} s (the last {count} steps to {step}): "
+            f"{which} {peers[rank]:.3g} s (the last {count} steps to {step}): "
             f"{100 * share:.0f} % of the step is spent waiting for it"
         ]
 

@@ -145,9 +145,7 @@ def test_what_a_rank_says_of_a_step(clock):
         step(number, between)
     own = [tuple(signals.values()) for signals, _ in said]
     assert own == [pytest.approx(v) for v in ((0.5, 1, 0), *[(0.5, 1, 4)] * 4)] and list(said[0][0]) == list(TITLES)
-    assert [seconds for _, seconds in said] == pytest.approx([0, 15, 15, 0, 15]), (
-        "not the first; not after a save; not one that comes again"
-    )
+    assert [seconds for _, seconds in said] == pytest.approx([0, 15, 15, 0, 15]), "not the first; not after a save; not one again"
     assert beats[:3] == [("start", None), ("data", 1), ("", None)]
     assert list(Busy(silent, on_gpu=True).take()[0]) == ["busy_data"], "a GPU's compute is not its host's"
 
@@ -155,13 +153,12 @@ def test_what_a_rank_says_of_a_step(clock):
 # ---------------------------------------------------------------- real runs
 
 WORDS = [
-    "model=micro",
-    "data=synthetic",
-    "data.seq_len=16",
-    "train.global_batch_tokens=64",
-    "optim.warmup_steps=2",
-    "checkpoint.interval=0",
-]
+    "model=micro", "data=synthetic", "data.seq_len=16", "train.global_batch_tokens=64", "optim.warmup_steps=2", "checkpoint.interval=0",
+]  # fmt: skip
+
+
+def words_of(folder, *words):
+    return [*WORDS, f"run_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}", *words]
 
 
 def job(words, faults):
@@ -176,7 +173,7 @@ def slow(rank, phase, seconds, steps):
 
 def test_in_a_run_of_replicas(tmp_path):
     """Data late step after step; then forward once."""
-    words = [*WORDS, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "parallel.edp=2", "train.steps=23"]
+    words = words_of(tmp_path, "parallel.edp=2", "train.steps=23")
     faults = [*slow(1, "data", 0.3, range(5, 14)), *slow(0, "forward and backward", 6.0, [22])]
     (lasting, once), _ = fork_ranks(2, job, words, faults)
     assert re.match(
