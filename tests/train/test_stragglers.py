@@ -184,13 +184,6 @@ def test_in_a_run_of_replicas(tmp_path):
 
 def test_in_a_run_of_stages(tmp_path):
     """Three others wait in exchanges, transfers and sums: none of them is named."""
-    words = [
-        *WORDS,
-        f"run_dir={tmp_path / 'run'}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        "parallel.pp=2",
-        "parallel.ep=2",
-        "train.steps=14",
-    ]
+    words = words_of(tmp_path, "parallel.pp=2", "parallel.ep=2", "train.steps=14")
     said, *others = fork_ranks(4, job, words, slow(2, "forward and backward", 0.5, range(5, 14)))
     assert [line[:35] for line in said] == ["rank 2 is slow: forward and backwar"] and others == [[], [], []]
