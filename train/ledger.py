@@ -69,9 +69,10 @@ class Ledger:
 
 
 def note(run_dir: Path, event: Began | Ended) -> None:
-    """Append, through to the disk."""
-    with open(run_dir / NAME, "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(event)) + "\n")
+    """Append, through to the disk; a torn line before it stays one of its own."""
+    with open(run_dir / NAME, "ab+") as file:
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(asdict(event)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

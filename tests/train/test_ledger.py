@@ -1,5 +1,6 @@
 """What a run cost, after three kills, a step gone back from, and a rest: against a count of the raw logs by hand."""
 
+import datetime
 import json
 import os
 import time
@@ -11,6 +12,8 @@ from shoestring.conf.compose import load
 from shoestring.launch.local import RankFailed, fork_ranks
 from shoestring.train import ledger, trainer
 
+from ..faults.processes import Fault
+from ..faults.runs import launch
 from .test_guard import Faults
 
 WORDS = [
@@ -68,11 +71,45 @@ def test_after_three_kills(tmp_path):
     assert total >= kept[-1]["seconds"] and kept[-1]["dollars"] == pytest.approx(kept[-1]["seconds"] * 2 * 7.2 / 3600)
 
 
-def test_a_torn_line_and_no_run(tmp_path):
+def test_a_wall_clock_that_jumps(tmp_path):
+    """An hour ahead, and a rank is killed; an hour behind, and again: waits are those of the monotonic clock, and no limit is near."""
+    soon = (datetime.datetime.now() + datetime.timedelta(minutes=40)).isoformat(timespec="seconds")
+    limits = ["budget_gpu_hours=0.9", "budget_usd=6.4", f"deadline='{soon}'", "checkpoint.interval=1", "checkpoint.async_save=false"]
+    words = [*WORDS, "train.steps=7", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", *limits]
+    jumps = [Fault(kind="clock", rank=0, step=2, seconds=3600), Fault(kind="clock", rank=0, step=5, seconds=-3600)]
+    kills = [Fault(kind="sigkill", rank=0, step=4), Fault(kind="sigkill", rank=1, step=6)]
+    ran = launch(load(words), *jumps, *kills)
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert ran.code == 0 and len(records) == 7 and len(ran.restarts) == 2, ran.text
+    assert "is spent" not in ran.text
+    assert max(r["time_unix"] for r in records) > time.time() + 3000 and min(r["time_unix"] for r in records) < time.time() - 3000
+
+    # By the launcher's and the faults' own notes: from the kill, or the step before it, to the ranks' start, or their next step.
+    killed, restarts = [ran.injected[kill.name] for kill in kills], ran.restarts
+    least = sum(restart["again"] - at for restart, at in zip(restarts, killed))
+    most = sum(ran.again[kill.name] - at for kill, at in zip(kills, killed)) + 2 * max(r["step_seconds"] for r in records)
+    found = ledger.account(tmp_path / "run")
+    assert least < found.seconds["restarts"] < most
+    assert sum(found.seconds.values()) < ran.ended - ran.began
+    assert found.total_dollars == pytest.approx(sum(found.seconds.values()) * 2 * 7.2 / 3600)
+
+
+def test_a_torn_line_and_what_is_no_wait(tmp_path, monkeypatch):
     assert ledger.account(tmp_path).total_dollars == 0.0
-    ledger.note(tmp_path, ledger.Began(session=0, job="a", time_unix=100.0, seconds=0.0, devices=1, dollars=1.0))
+    began = dict(session=0, job="a", time_unix=100.0, seconds=20.0, devices=1, dollars=1.0)
+    ledger.note(tmp_path, ledger.Began(**began, boot="monday", monotonic=5000.0))
     with open(tmp_path / ledger.NAME, "a") as file:
         file.write('{"session": 1, "jo')
     assert len(ledger.events(tmp_path)[0]) == 1
-    assert ledger.waited(tmp_path, "a", 107.0) == 7.0 and ledger.waited(tmp_path, "b", 107.0) == 0.0
-    assert ledger.waited(tmp_path, "a", 50.0) == 0.0  # the clock was set back
+    now = {"wall": 107.0, "monotonic": 5009.0}
+    monkeypatch.setattr(ledger.time, "time", lambda: now["wall"])
+    monkeypatch.setattr(ledger.time, "monotonic", lambda: now["monotonic"])
+    waited = lambda job="a", boot="monday", at=5009.0: ledger.waited(tmp_path, job, at, boot)
+    assert (waited(), waited("b"), waited(at=5007.0)) == (9, 0, 7)
+    assert (waited(boot="tuesday"), waited(boot="tuesday", at=5006.0)) == (7, 4), "the wall clock, three seconds before now"
+    ledger.note(tmp_path, ledger.Ended(session=0, seconds=24.0, standing=0.0, time_unix=103.0))
+    assert (waited(), waited(boot="tuesday")) == (5, 4), "for four seconds, it ran"
+    now["wall"] = 50.0  # set back
+    assert (waited(), waited(boot="tuesday")) == (5, 0)
+    ledger.note(tmp_path, ledger.Began(**began | {"job": "no name"}))
+    assert ledger.waited(tmp_path, "no name", 5009.0, "") == 0, "no name for a boot is no boot"
