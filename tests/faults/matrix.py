@@ -113,7 +113,7 @@ class Kind:
     outcome: str = "the same curve"
 
     def faults(self, world_size: int, seed: int) -> list[Fault]:
-        found = twice(self.fault, seed, world_size=world_size, steps=STEPS - 1, first=self.first, every=self.every, times=self.times)
+        found = twice(self.fault, seed, world_size=world_size, steps=STEPS - 2, first=self.first, every=self.every, times=self.times)
         return [replace(f, seconds=s) for f, s in zip(found, self.seconds)]
 
 
@@ -219,7 +219,10 @@ KINDS = [
     Kind(name="SIGSTOP", fault="sigstop", told=r"rank {rank} does not answer .*in step {step}, ", words=SHORT),
     Kind(name="exception in forward", fault="exception", told=r"rank {rank}: RuntimeError: injected into .* step {step}"),
     Kind(name="collective left out", fault="skipped_collective", told=r"rank {rank} did not come to .*in step {step}, ", words=SHORT),
-    Kind(name="slow rank", fault="slow", told=r"step {step} took .*rank {rank} ", first=9, words=("checkpoint.interval=6",), seconds=(3.0, 3.0)),
+    Kind(
+        name="slow rank", fault="slow", told=r"step {step} took .*rank {rank} ", first=9, words=("checkpoint.interval=6",),
+        seconds=(3.0, 3.0),
+    ),
     Kind(name="rank without tokens", fault="zero_tokens", told="", judge=starved, outcome="as one process, to 1e-6"),
     Kind(name="NaN in a gradient", fault="nan", told=r"step {step}: .*nan.*; computed again, it is sound"),
     Kind(
@@ -331,6 +334,21 @@ def _near(found: list[tuple], wanted: list[tuple]) -> list[str]:
     return [] if most <= 1e-6 else [f"losses differ by {most:.1e}"]
 
 
+# ---------------------------------------------------------------- nothing at all
+
+EXPECTED = re.compile(
+    r"(step +\d+/|data source |tiny: |\d+ sequences of |attention by |trained |loss |speed |on |cost |report |complete|  shoestring |$)"
+)  # fmt: skip
+
+
+def alarms(place: Place, steps: int) -> tuple[list[str], float]:
+    """What a run says that nothing happens to, beside its steps; and how many seconds it took. Every detector looks, often."""
+    words = (*LAYOUTS["ep 2 x edp 2"], f"train.steps={steps}", "guard.replay_interval=50", "checkpoint.interval=100")
+    ran = launch(place.config("long", *words, "checkpoint.async_save=true", "launch.timeout_s=600"), timeout_s=3600)
+    assert ran.code == exit_codes.OK and len(ran.lines) > steps, ran.text
+    return [line for _, line in ran.lines if not EXPECTED.match(line)], ran.ended - ran.began
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -338,7 +356,7 @@ def _seconds(values: Sequence[float | None]) -> str:
     return ", ".join("-" if s is None else f"{s:.2f}" for s in values) if any(s is not None for s in values) else "-"
 
 
-def document(rows: list[Row], seed: int, seconds: float) -> str:
+def document(rows: list[Row], seed: int, seconds: float, clean: str) -> str:
     wrong = [row for row in rows if row.wrong]
     lines = [
         "# Faults, and what came of them",
@@ -369,6 +387,7 @@ def document(rows: list[Row], seed: int, seconds: float) -> str:
         "",
         "A fault that is not detected (-) is one that training bears: there is nothing to tell. Where a session ended, the next one was",
         "started at once. Collectives wait 5 s in the runs of SIGSTOP and of the collective left out.",
+        *(["", f"{clean}, with weights' checksums in every step and gradients computed twice in every 50th."] if clean else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -378,24 +397,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kinds", help="names or injector's kinds, with commas; all")
     parser.add_argument("--layouts", help=f"of {'; '.join(LAYOUTS)}: numbers from 0, with commas; all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clean", type=int, default=0, help="steps of a run that nothing happens to")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args(argv)
     wanted = asked.kinds.split(",") if asked.kinds else None
     kinds = [k for k in KINDS if wanted is None or k.name in wanted or k.fault in wanted]
     layouts = [list(LAYOUTS)[int(i)] for i in asked.layouts.split(",")] if asked.layouts else list(LAYOUTS)
-    rows, began = [], time.monotonic()
+    rows, said, clean, began = [], [], "", time.monotonic()
     with tempfile.TemporaryDirectory(prefix="shoestring-faults-") as folder:
         place = Place(Path(folder), asked.seed)
         for layout in layouts:
             for kind in kinds:
                 rows.append(row := cell(place, kind, layout))
                 print(f"{layout:22} {kind.name:24} {row.seconds:5.1f} s | {row}", flush=True)
+        if asked.clean:
+            said, took = alarms(place, asked.clean)
+            clean = f"A run of {asked.clean:,} steps, {list(LAYOUTS)[-1]}, that nothing happened to: {len(said)} alarms in {took / 60:.1f} minutes"
+            print("\n".join([clean, *said]), flush=True)
     seconds = time.monotonic() - began
     wrong = [row for row in rows if row.wrong]
     print(f"{len(rows) - len(wrong)} of {len(rows)} as they should be, in {seconds / 60:.1f} minutes")
     if asked.output:
-        asked.output.write_text(document(rows, asked.seed, seconds))
-    return bool(wrong)
+        asked.output.write_text(document(rows, asked.seed, seconds, clean))
+    return bool(wrong or said)
 
 
 if __name__ == "__main__":

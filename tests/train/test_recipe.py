@@ -19,11 +19,14 @@ from shoestring.train.checkpoint.folder import find_latest
 from shoestring.train.metrics import read_records
 
 SMALL = [
-    "experiment=tiny_recipe", "data=synthetic", "data.seq_len=64", "model.vocab_size=300", "model.dim=32", "model.dense_hidden_dim=48",
+    "experiment=tiny_recipe", "data=synthetic", "data.seq_len=64", "model.vocab_size=300", "model.num_layers=2", "model.dim=32", "model.dense_hidden_dim=48",
     "model.expert_hidden_dim=24", "model.num_heads=2", "model.kv_lora_rank=16", "model.q_lora_rank=16", "train.eval_interval=10",
     "checkpoint.interval=7", "optim.ema_decay=0.9",
     "phases.constant.train.tokens=40960", "phases.cosine.train.tokens=32768",  # a third of their steps: there is nothing new in the others
-    "parallel.ep=1", "phases.extend_32x.parallel.pp=1", "phases.extend_32x.parallel.ep=2", "train.micro_batch_sequences=8",  # two processes
+    "parallel.ep=1", "phases.extend_32x.parallel.pp=1", "phases.extend_32x.parallel.ep=2",  # two processes
+    "train.micro_batch_sequences=8",  # as large as each phase allows: a step costs by the micro-batch
+    *(f"phases.{name}.train.micro_batch_sequences=32" for name in ("constant", "cosine", "constant_low", "constant_lowest")),
+    "phases.extend_8x.train.micro_batch_sequences=4", "train.eval_sequences=4", "data.sources.synthetic.num_documents=300",
 ]  # fmt: skip
 
 #   phase              batch, tokens   sequence  MTP   bias speed
