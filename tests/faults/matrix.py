@@ -412,7 +412,8 @@ def main(argv: Sequence[str]) -> int:
                 print(f"{layout:22} {kind.name:24} {row.seconds:5.1f} s | {row}", flush=True)
         if asked.clean:
             said, took = alarms(place, asked.clean)
-            clean = f"A run of {asked.clean:,} steps, {list(LAYOUTS)[-1]}, that nothing happened to: {len(said)} alarms in {took / 60:.1f} minutes"
+            what = f"A run of {asked.clean:,} steps, {list(LAYOUTS)[-1]}, that nothing happened to"
+            clean = f"{what}: {len(said)} alarms in {took / 60:.1f} minutes"
             print("\n".join([clean, *said]), flush=True)
     seconds = time.monotonic() - began
     wrong = [row for row in rows if row.wrong]
