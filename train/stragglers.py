@@ -6,24 +6,25 @@
 
 A clock of each rank's own stands still while it waits (`OwnTime`), so nobody's clock is compared with another's. Of ranks that have nobody
 in their stage beside them, what they take beside the other stages is learned from the first steps. On GPUs the host only hands compute on:
-there data alone is compared.
+there data alone is compared in each step, and what devices compute in traced ones (`launch.trace_interval`), in a stage of several ranks.
 """
 
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..conf.schema import ParallelConfig
 from ..parallel.own_time import OwnTime
+from ..parallel.trace import Span
 from .engine import Beat, silent
 
 TITLES = {"busy_data": "data", "busy_compute": "forward and backward", "busy_update": "update"}  # by signal
 OFTEN, LAST = 8, 10  # in so many of the last steps
 LEAST_S = 0.05  # that a rank is late by in a step
 TIMES, SUDDENLY_S = 5.0, 2.0  # the median step, and more than it by so much: one such step is told
-WARM_UP = 3  # steps that are not looked at
 FEW = 16  # steps from which on there is something to compare with
 WINDOW = 64
 
@@ -74,18 +75,17 @@ class Stragglers:
     def __init__(self, parallel: ParallelConfig, share: float):
         self.share, self._stage = share, np.arange(parallel.world_size) // parallel.dp
         self._alone = parallel.dp == 1
-        self._seen = 0
         self._busy: deque[np.ndarray] = deque(maxlen=WINDOW)  # (phases, ranks), seconds
         self._expected: deque[np.ndarray] = deque(maxlen=LAST)
         self._late: deque[np.ndarray] = deque(maxlen=LAST)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._usual: np.ndarray | None = None  # (phases, ranks): of what the others take
+        self._late_in_trace = np.zeros(parallel.world_size, dtype=bool)
         self._silent: dict[tuple[int, int], tuple[int, int]] = {}  # (phase, rank): until which step, and for how many after that
 
     def hear(self, step: int, each: dict[str, list[float]], seconds: float) -> list[str]:
         """Sentences about a step: what its ranks have told (`Heard.each`), and how long it took; 0: not to be looked at."""
-        self._seen += 1
-        if not self.share or not seconds or self._seen <= WARM_UP:
+        if not self.share or not seconds:
             return []
         busy = np.array([each[name] for name in TITLES])
         told = self._sudden(step, busy, seconds)
@@ -93,17 +93,32 @@ class Stragglers:
         self._seconds.append(seconds)
         return [*told, *self._lasting(step, busy, seconds)]
 
+    def look(self, step: int, spans: Sequence[Span]) -> list[str]:
+        """Likewise about a traced step: of devices that were late in the one before, too."""
+        computed = np.zeros((1, len(self._stage)))
+        for span in spans:
+            computed[0, span.rank] += (span.end - span.start) * (span.what == "compute")
+        seconds = max(s.end for s in spans) - min(s.start for s in spans)
+        peers = self._by_stage(computed)[0]
+        late = computed[0] - peers > max(self.share * seconds, LEAST_S)
+        again, self._late_in_trace = late & self._late_in_trace & bool(self.share), late
+        return [
+            f"rank {rank} is slow: in traced step {step} it computes for {computed[0, rank]:.3g} s, its peers for {peers[rank]:.3g} s: "
+            f"{100 * (computed[0, rank] - peers[rank]) / seconds:.0f} % of the step is spent waiting for it"
+            for rank in np.flatnonzero(again)[:3]
+        ]
+
     # ------------------------------------------------------------ once
 
     def _sudden(self, step: int, busy: np.ndarray, seconds: float) -> list[str]:
         if len(self._seconds) < FEW or seconds <= max(TIMES * (median := statistics.median(self._seconds)), median + SUDDENLY_S):
             return []
         more = busy - np.median(self._busy, axis=0)
-        phase, rank = np.unravel_index(more.argmax(), more.shape)
+        phase = int(more.max(axis=1).argmax())
         found = np.flatnonzero(more[phase] >= (seconds - median) / 2)
         why = "no rank was busy: the network, or another job on these machines"
         if len(found):
-            why = f"{_ranks(found)} {'was' if len(found) == 1 else 'were'} busy for {busy[phase, rank]:.2g} s in {_title(phase)}"
+            why = f"{_ranks(found)} {'was' if len(found) == 1 else 'were'} busy for {busy[phase, found].max():.2g} s in {_title(phase)}"
         return [f"step {step} took {seconds:.2g} s (median {median:.2g} s): {why}"]
 
     # ------------------------------------------------------------ step after step
@@ -140,8 +155,7 @@ class Stragglers:
         """What each rank would take if it were as its peers are; None as long as that is not known."""
         expected = _others(busy)
         if not self._alone:
-            for stage in np.unique(self._stage):
-                expected[1:, self._stage == stage] = _others(busy[1:, self._stage == stage])
+            expected[1:] = self._by_stage(busy[1:])
         elif len(self._stage) > 1:
             if len(self._busy) < FEW:
                 return None
@@ -149,6 +163,12 @@ class Stragglers:
                 usual = [b / np.maximum(_others(b), 1e-9) for b in self._busy]
                 self._usual = np.median(usual, axis=0)
             expected[1:] *= self._usual[1:]
+        return expected
+
+    def _by_stage(self, values: np.ndarray) -> np.ndarray:
+        expected = np.empty_like(values)
+        for stage in np.unique(self._stage):
+            expected[:, self._stage == stage] = _others(values[:, self._stage == stage])
         return expected
 
 

@@ -1,6 +1,7 @@
 """Every `launch.trace_interval` steps, what each rank did and when: a file under the run's `traces/`, and figures for the step's record."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,13 +11,15 @@ from ..parallel import world
 from ..parallel.executor import Executor
 from ..parallel.trace import Recorder, Tracer, write_trace
 from ..parallel.trace_measure import measure
+from .stragglers import Stragglers
 
 
 class Traces:
-    """Collective to build and to use. `interval`: in steps; 0: nothing is ever traced, and nothing is made for it."""
+    """Collective to build and to use. `interval`: in steps; 0: nothing is ever traced, and nothing is made for it. `log` is told of slow
+    GPUs."""
 
-    def __init__(self, folder: Path, interval: int, device: torch.device):
-        self.folder, self.interval = folder, interval
+    def __init__(self, folder: Path, interval: int, device: torch.device, log: Callable[[str], None]):
+        self.folder, self.interval, self.device, self.log = folder, interval, device, log
         self.recorder = Recorder(dist.get_rank(), device) if interval else None
         self.group = world.on_hosts("traces") if interval else None  # GPUs' own would carry spans over the link that is measured
 
@@ -29,7 +32,7 @@ class Traces:
             executor.tracer = self.recorder
             self.recorder.begin(self.group)
 
-    def finish(self, step: int, executor: Executor) -> dict[str, float | None]:
+    def finish(self, step: int, executor: Executor, stragglers: Stragglers) -> dict[str, float | None]:
         """After it: writes the file. The fields of its `StepRecord`, on rank 0; empty elsewhere, and where the step was not due."""
         if not self.due(step):
             return {}
@@ -37,6 +40,8 @@ class Traces:
         spans = self.recorder.finish(self.group)
         if spans is None:
             return {}
+        for sentence in stragglers.look(step, spans) if self.device.type == "cuda" else ():
+            self.log(sentence)
         fields = dataclasses.asdict(measure(spans))
         write_trace(self.folder / f"step_{step}.json", spans, step=step, **fields)
         del fields["seconds"]  # of the pipeline alone: the record has the whole step's

@@ -12,6 +12,7 @@ from shoestring.conf.schema import ParallelConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.parallel import own_time
 from shoestring.parallel.own_time import OwnTime
+from shoestring.parallel.trace import Span
 from shoestring.train.engine import silent
 from shoestring.train.stragglers import TITLES, Busy, Stragglers
 
@@ -62,7 +63,7 @@ def test_a_slow_rank_is_named(layout, seed, phase, data, begin):
     assert all(sentence.startswith(f"rank {rank} is slow: {title} takes it ") for sentence in sentences), sentences
     assert [b - a for a, b in zip(found, list(found)[1:])] == [10, 20, 40][: len(found) - 1], "less and less often"
     takes, peers, percent = map(float, re.search(r"takes it (\S+) s .* (\S+) s \(.*: (\d+) % of the step", sentences[-1]).groups())
-    assert takes - peers == pytest.approx(typical, rel=0.35) and 30 < percent < 70
+    assert takes - peers == pytest.approx(typical, rel=0.35) and 25 < percent < 85
 
 
 @settings(deadline=None, max_examples=40)
@@ -82,16 +83,27 @@ def test_one_step(layout, seed, phase, data, at):
 
 
 def test_what_is_not_told():
-    """A step that something else came between, the first steps, a rank that is late by little, and a share of 0."""
+    """A step that something else came between, a few slow steps, a rank that is late by little, and a share of 0."""
     usual, late = np.ones((3, 2)), np.array([[1, 50], [1, 1], [1, 1]])
     for share, steps in (
         (0.2, [(usual, 3.0)] * 40 + [(late, 0.0)] * 20),  # not to be looked at
-        (0.2, [(late, 52.0)] * 3 + [(usual, 3.0)] * 40),  # the first
+        (0.2, [(late, 52.0)] * 7 + [(usual, 3.0)] * 40),  # where nothing is known of others
         (0.2, [(usual / 300, 0.01)] * 40 + [(late / 1500, 0.035)] * 20),  # 33 ms, most of the step
         (0.0, [(usual, 3.0)] * 40 + [(late, 52.0)] * 20),  # switched off
     ):
         heard = Stragglers(ParallelConfig(edp=2), share)
         assert [s for i, (b, seconds) in enumerate(steps) for s in heard.hear(i, dict(zip(TITLES, b.tolist())), seconds)] == []
+
+
+def test_slow_devices_in_traces():
+    """Twice in a row; beside the ranks of the same stage: the other one has twice as much to do."""
+    heard, told = Stragglers(ParallelConfig(pp=2, edp=2), 0.2), []
+    for step, slow in ((100, 1.6), (200, 1.0), (300, 1.6), (400, 1.5), (500, 1.0)):
+        busy = [1.0, slow, 2.0, 2.0]
+        spans = [Span(rank, "compute", "F", 0, 0, "", i, i + seconds / 2) for rank, seconds in enumerate(busy) for i in range(2)]
+        told += heard.look(step, [*spans, Span(0, "exchange", "F", 0, 0, "", 0.0, 1.9)])
+    sentence = "rank 1 is slow: in traced step 400 it computes for 1.5 s, its peers for 1 s: 25 % of the step is spent waiting for it"
+    assert told == [sentence]
 
 
 # ---------------------------------------------------------------- the clock
@@ -141,11 +153,11 @@ def test_what_a_rank_says_of_a_step(clock):
         clock["now"] += between
 
     said = []
-    for number, between in ((1, 0), (2, 0.01), (3, 60), (3, 0), (4, 0)):
+    for number, between in ((1, 0), (2, 0.01), (3, 60), (4, 0), (5, 0), (5, 0), (6, 0)):
         step(number, between)
     own = [tuple(signals.values()) for signals, _ in said]
-    assert own == [pytest.approx(v) for v in ((0.5, 1, 0), *[(0.5, 1, 4)] * 4)] and list(said[0][0]) == list(TITLES)
-    assert [seconds for _, seconds in said] == pytest.approx([0, 15, 15, 0, 15]), "not the first; not after a save; not one again"
+    assert own == [pytest.approx(v) for v in ((0.5, 1, 0), *[(0.5, 1, 4)] * 6)] and list(said[0][0]) == list(TITLES)
+    assert [seconds for _, seconds in said] == pytest.approx([0, 15, 15, 0, 15, 0, 15]), "not the first; not after a save; not one again"
     assert beats[:3] == [("start", None), ("data", 1), ("", None)]
     assert list(Busy(silent, on_gpu=True).take()[0]) == ["busy_data"], "a GPU's compute is not its host's"
 
