@@ -36,8 +36,8 @@ class Limit:
 
 
 class Budget:
-    """Of one session, on the rank that decides. The deadline is a moment of the monotonic clock from its start on: a wall clock that is set
-    changes nothing."""
+    """Of one session, on the rank that decides. The wall clock is read once, at its start, for how far the deadline is; from then on the
+    monotonic clock counts: a wall clock that is set changes nothing until the next session, which believes it anew."""
 
     def __init__(self, config: Config, log: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic):
         self._log, self._clock, self._began, self._told = log, clock, clock(), {}
