@@ -1,7 +1,12 @@
 """Settings of every test: one thread per process, nothing asks a network, no deadline on shared cores."""
 
+import fcntl
 import functools
+import hashlib
 import os
+import pickle
+import tempfile
+from pathlib import Path
 
 from hypothesis import settings
 from shoestring.conf import compose
@@ -16,9 +21,9 @@ settings.load_profile("shoestring")
 
 
 def _kept(load):
-    """A configuration is a function of its words, and composing one takes 0.2 s: of each rank of each test, where their parent has not
-    done it before it forked."""
-    known = {}
+    """A configuration is a function of its words, and composing one takes 0.2 s: of each rank of each test. So it is kept in a file for
+    the ranks that are forked later, and one of several ranks that want it at once composes it."""
+    known, folder = {}, tempfile.TemporaryDirectory(prefix="shoestring-tests-")
 
     @functools.wraps(load)
     def kept(overrides=(), config_dir=None):
@@ -26,7 +31,13 @@ def _kept(load):
         if config_dir is not None:
             return load(words, config_dir)
         if words not in known:
-            known[words] = load(words)
+            name = hashlib.sha256(repr(words).encode()).hexdigest()
+            with open(Path(folder.name) / name, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                if not (pickled := file.read()):
+                    file.write(pickled := pickle.dumps(load(words)))
+            known[words] = pickle.loads(pickled)
         return known[words]
 
     return kept

@@ -19,7 +19,8 @@ from shoestring.train.checkpoint.folder import find_latest
 from shoestring.train.metrics import read_records
 
 SMALL = [
-    "experiment=tiny_recipe", "data=synthetic", "data.seq_len=64", "model.vocab_size=300", "model.num_layers=2", "model.dim=32", "model.dense_hidden_dim=48",
+    "experiment=tiny_recipe", "data=synthetic", "data.seq_len=64", "model.vocab_size=300", "model.num_layers=2", "model.dim=32",
+    "model.num_experts=4", "model.top_k=2", "model.num_groups=2", "model.num_limited_groups=1", "model.dense_hidden_dim=48",
     "model.expert_hidden_dim=24", "model.num_heads=2", "model.kv_lora_rank=16", "model.q_lora_rank=16", "train.eval_interval=10",
     "checkpoint.interval=7", "optim.ema_decay=0.9",
     "phases.constant.train.tokens=40960", "phases.cosine.train.tokens=32768",  # a third of their steps: there is nothing new in the others
