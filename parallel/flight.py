@@ -6,7 +6,8 @@
                          stacks        of every thread
     flight/rank_3.txt    the stacks of a rank that was asked for them from outside, as it did not answer
 
-Torch's flight recorder counts collectives. Of a pipeline's sends over gloo it knows nothing: those are named in the error alone.
+Torch's flight recorder counts collectives. Of a pipeline's sends over gloo it knows nothing: those are named in the error alone. Its
+times are the wall clock's, and so are ages: they only put in order what is missing in several groups.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ TITLES = {"busy_data": "data", "busy_compute": "forward and backward", "busy_upd
 OFTEN, LAST = 8, 10  # in so many of the last steps
 LEAST_S = 0.05  # that a rank is late by in a step
 TIMES, SUDDENLY_S = 5.0, 2.0  # the median step, and more than it by so much: one such step is told
-FEW = 16  # steps from which on there is something to compare with
+SOME, FEW = 4, 16  # steps from which on there is something to compare a single one with; a rank with those of other stages
 WINDOW = 64
 
 
@@ -111,7 +111,7 @@ class Stragglers:
     # ------------------------------------------------------------ once
 
     def _sudden(self, step: int, busy: np.ndarray, seconds: float) -> list[str]:
-        if len(self._seconds) < FEW or seconds <= max(TIMES * (median := statistics.median(self._seconds)), median + SUDDENLY_S):
+        if len(self._seconds) < SOME or seconds <= max(TIMES * (median := statistics.median(self._seconds)), median + SUDDENLY_S):
             return []
         more = busy - np.median(self._busy, axis=0)
         phase = int(more.max(axis=1).argmax())

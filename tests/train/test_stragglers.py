@@ -185,13 +185,13 @@ def slow(rank, phase, seconds, steps):
 
 def test_in_a_run_of_replicas(tmp_path):
     """Data late step after step; then the update once: the other rank waits for the weights."""
-    words = words_of(tmp_path, "parallel.edp=2", "train.steps=23")
-    faults = [*slow(1, "data", 0.3, range(5, 14)), *slow(0, "update", 6.0, [21])]
+    words = words_of(tmp_path, "parallel.edp=2", "train.steps=18")
+    faults = [*slow(1, "data", 0.3, range(5, 13)), *slow(0, "update", 6.0, [17])]
     (lasting, once), _ = fork_ranks(2, job, words, faults)
     assert re.match(
         r"rank 1 is slow: data takes it 0\.3\d* s of each step, its peers 0\.0\d+ s \(the last \d+ steps to \d+\): \d+ %", lasting
     )
-    assert re.match(r"step 22 took \S+ s \(median \S+ s\): rank 0 was busy for 6\S* s in update$", once)
+    assert re.match(r"step 18 took \S+ s \(median \S+ s\): rank 0 was busy for 6\S* s in update$", once)
 
 
 def test_in_a_run_of_stages(tmp_path):
