@@ -1,5 +1,6 @@
 # make train   trains a small model on this machine, installing what it needs into .venv first
 # make test    runs the tests, likewise
+# make faults  every kind of fault under three layouts, and a long run without any: half an hour; writes docs/faults.md
 # make lint    ruff
 #
 # PYTHON=python3.12 chooses another interpreter; ARGS="train.steps=40" goes to the command.
@@ -16,11 +17,11 @@ installed := $(VENV)/.installed
 torch := $(shell grep '^torch==' constraints.txt)
 pip := $(VENV)/bin/python -m pip install -qq --progress-bar off --constraint constraints.txt
 
-.PHONY: train test lint install clean
+.PHONY: train test faults lint install clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 train: $(installed)
 	@$(VENV)/bin/shoestring train experiment=tiny $(ARGS)
@@ -28,6 +29,9 @@ train: $(installed)
 # A file's tests run in one worker, so that what they share is made once. (Not loadgroup: pytest-xdist 3.8 does nothing with pytest 9.2's ids.)
 test: $(installed)
 	@$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
+
+faults: $(installed)
+	@$(VENV)/bin/python -m shoestring.tests.faults.matrix --clean 2000 --output docs/faults.md $(ARGS)
 
 lint: $(installed)
 	@$(VENV)/bin/ruff check .

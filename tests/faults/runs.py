@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoestring.conf.rules import replaced
 from shoestring.conf.schema import Config
-from shoestring.launch import elastic, exit_codes, launcher, lease
+from shoestring.launch import exit_codes, launcher, lease
 
 from .processes import Fault, Faulty
 
@@ -66,12 +65,6 @@ def launch(config: Config, *faults: Fault, timeout_s: float = 120.0) -> Ran:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     return _ran(run_dir, code, began, lines)
-
-
-def node_loss(config: Config, fault: Fault, survivors: int, *, timeout_s: float = 120.0) -> tuple[Ran, Ran]:
-    """A rank is killed and not replaced: the first job ends, and one of `survivors` ranks goes on, as torchrun's elastic ranks would."""
-    lost = launch(replaced(config, "launch.max_restarts", 0), fault, timeout_s=timeout_s)
-    return lost, launch(elastic.fitting(config, survivors), timeout_s=timeout_s)
 
 
 def _hear(reader: int, child: int, until: float) -> tuple[list[tuple[float, str]], int]:

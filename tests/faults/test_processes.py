@@ -10,7 +10,7 @@ from shoestring.launch import exit_codes
 from shoestring.train.metrics import read_records
 
 from .processes import KINDS, Fault, twice
-from .runs import launch, node_loss
+from .runs import launch
 
 STEPS = 6
 BASE = [
@@ -87,35 +87,6 @@ def test_no_progress_is_not_tried_for_ever(runs):
     ran = launch(runs("again", "launch.max_restarts=1"), Fault(kind="sigkill", rank=0, step=1, always=True))
     assert (ran.code, [r["in_a_row"] for r in ran.restarts]) == (exit_codes.LOST, [1]), ran.text
     assert "error: rank 0 was killed by SIGKILL" in ran.text
-
-
-def test_what_training_bears(runs, clean):
-    """A disk that is away for a moment, a slow rank, clocks that jump, another job that wants in: no restart, the same curve."""
-    faults = [
-        Fault(kind="data_away", rank=0, step=2), Fault(kind="slow", rank=1, step=3, seconds=1.0, phase="reduce"),
-        Fault(kind="clock", rank=0, step=2, seconds=3600.0), Fault(kind="clock", rank=1, step=3, seconds=-3600.0),
-        Fault(kind="second_job", rank=0, step=4),
-    ]  # fmt: skip
-    ran = launch(config := runs("bears"), *faults)
-    assert (ran.code, ran.restarts) == (exit_codes.OK, []), ran.text
-    assert curve(config) == clean and set(ran.injected) == {f.name for f in faults}
-    assert "another job trains there" in ran.text
-
-
-def test_a_rank_without_tokens(runs, clean):
-    ran = launch(config := runs("starved"), Fault(kind="zero_tokens", rank=1, step=3))
-    assert (ran.code, ran.restarts) == (exit_codes.OK, []), ran.text
-    loads = [row[-1] for row in curve(config)]
-    starved = [all(sum(layer[len(layer) // 2 :]) == 0 for layer in step) for step in loads]
-    assert starved == [False, False, True, False, False, False] and curve(config)[:2] == clean[:2]
-
-
-def test_a_node_less(runs, clean):
-    config = runs("fewer", "parallel.ep=1", "parallel.edp=2", "launch.elastic=true")
-    lost, done = node_loss(config, Fault(kind="sigkill", rank=1, step=4), survivors=1)
-    assert (lost.code, done.code) == (exit_codes.LOST, exit_codes.OK), done.text
-    assert [row[0] for row in curve(config)] == [row[0] for row in clean]
-    assert [row[2] for row in curve(config)] == pytest.approx([row[2] for row in clean], rel=1e-6)
 
 
 def test_a_seed_is_a_place():
