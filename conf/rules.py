@@ -48,7 +48,7 @@ _NOT_NEGATIVE = [
     *_fields("train", "tokens ramp.tokens ramp.start_tokens ramp.increment_tokens eval_interval stop_after seed"),
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval",
     *_fields("checkpoint", "interval interval_seconds"),
-    *_fields("guard", "spike rollbacks stragglers"), "budget_usd", "budget_gpu_hours", "max_tokens",
+    *_fields("guard", "spike rollbacks stragglers replay_interval"), "budget_usd", "budget_gpu_hours", "max_tokens",
     "launch.hang_s", "launch.max_restarts",
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
     "stack.host_us_per_step", "stack.peer_wait",

@@ -296,6 +296,7 @@ class GuardConfig(Section):
     patience: int = 3  # steps in a row that cannot be trained on: with so many, back to the last checkpoint
     rollbacks: int = 3  # in a row, with no new checkpoint between
     checksums: bool = True  # of weights and moments around every step: memory that changes by itself is found
+    replay_interval: int = 200  # in steps: gradients are computed twice, by different ranks, and compared; 0: never
     stragglers: float = 0.2  # of a step, that a rank keeps the others waiting, step after step, from which on it is told; 0: never
 
 

@@ -11,7 +11,7 @@ MEANING = {
     CONFIG: "the command line or the configuration is wrong; nothing was started",
     DATA: "the data cannot be read, or too much of it is bad",
     STORAGE: "a checkpoint or a file cannot be written, read or verified",
-    LOST: "hardware: a rank died, was killed or did not answer in time",
+    LOST: "hardware: a rank died, was killed, did not answer in time or computes wrongly",
     DIVERGED: "the loss or a gradient is no longer a number; the last checkpoint is from before",
     BUDGET: "the budget (dollars, GPU-hours, tokens or the deadline) is spent: saved, and stopped",
     PREEMPTED: "stopped by SIGTERM or SIGINT and saved; the same command goes on from there",
@@ -25,7 +25,7 @@ PASSING = (FAILED, LOST, OTHER_SIZE)  # what may be over when the ranks are star
 # By name, and not by class: whoever only wants an exit code need not import torch for it.
 _BY_NAME = {
     "ConfigError": CONFIG, "DataError": DATA, "CheckpointError": STORAGE, "HFError": STORAGE, "SafetensorError": STORAGE,
-    "FloatingPointError": DIVERGED, "RankFailed": LOST, "CollectiveLost": LOST,
+    "FloatingPointError": DIVERGED, "RankFailed": LOST, "CollectiveLost": LOST, "WrongGradients": LOST,
     "DistBackendError": LOST, "DistNetworkError": LOST, "DistStoreError": LOST, "KeyboardInterrupt": INTERRUPTED,
 }  # fmt: skip
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = "heartbeats"
 _RECORD = struct.Struct("<qqq32s")
-_ORDER = ("start", "data", "forward and backward", "reduce", "update", "evaluation", "checkpoint", "end")
+_ORDER = ("start", "data", "replay", "forward and backward", "reduce", "update", "evaluation", "checkpoint", "end")
 _UNWATCHED = ("start", "end")  # data are made ready, a report is written: as long as it takes
 _SAVING_S = 1800.0  # a checkpoint may take longer than a step: as long as torch waits for a rank in it
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+PRIME = 2**53 - 111  # the largest below 2 ** 53
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # bytes
 
 
@@ -18,3 +19,8 @@ def checksum(tensors: Iterable[Tensor]) -> int:
                 sums.setdefault(t.device, []).append(left[:whole].view(dtype).sum(dtype=torch.int64))
                 left = left[whole:]
     return sum(int(torch.stack(parts).sum()) for parts in sums.values()) % 2**64
+
+
+def short(total: int) -> int:
+    """A checksum in 53 bits, which FP64 holds exactly: the upper ones count as well, since 2 ** n is never 0 or 1 modulo this prime."""
+    return total % PRIME

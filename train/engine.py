@@ -29,12 +29,14 @@ from ..parallel.phases import MicroBatch
 from ..parallel.placement import rank_overload
 from ..parallel.relocate import Placement
 from ..parallel.schedule import Action, direction_of, proven
+from ..parallel.trace import Tracer
 from ..parallel.transport import DIRECT, Transport
 from .checksum import checksum
 from .model.decoder import DTYPES, Stage, is_expert, materialise, named_weights
 from .model.moe import Balance
 from .owned import muon_matrices
 from .rank_share import stage_layers
+from .replay import repeatable
 from .sentinel import Sentinel
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
@@ -256,14 +258,26 @@ class Engine:
             raise FloatingPointError(f"gradient norm is {found.grad_norm} (loss {found.loss}): no weight was changed")
         return self.apply(found, lr)
 
-    def gradients(self, batches: Sequence[MicroBatch], flags: Tensor | Callable[[], Tensor] | None = None) -> Gradients:
+    def gradients(
+        self, batches: Sequence[MicroBatch], flags: Tensor | Callable[..., Tensor] | None = None, replay: Sequence[MicroBatch] = ()
+    ) -> Gradients:
         """Of this data-parallel rank's micro-batches, as many on every rank. Collective; then `apply` or `discard`, on every rank.
 
         `flags`: a 1-D FP64 tensor, added over ranks beside the step's own counts; or what makes it, called when backward is over.
+        `replay`: another rank's micro-batches. What these give is thrown away; `flags` is called with `replayed` and `own`, checksums of it
+        and of what the rank's own give. On every rank or on none.
         """
-        self.beat("forward and backward")
-        self._forget_casts()
-        losses = self.executor.step(batches, done=self._reduce)
+        if replay:
+            with repeatable(self.device):
+                replayed = self._replay(replay)
+                self.beat("forward and backward")
+                self._forget_casts()
+                losses = self.executor.step(batches)
+            flags = functools.partial(flags, replayed=replayed, own=self._found(losses))
+        else:
+            self.beat("forward and backward")
+            self._forget_casts()
+            losses = self.executor.step(batches, done=self._reduce)
         self.beat("reduce")
         self.optimizer.reduce()  # what remains
         totals = self._reduce_counts(losses, batches, flags)
@@ -275,16 +289,47 @@ class Engine:
         """Of gradients that will not be applied: as if they had never been made."""
         self.optimizer.discard()
 
+    def clean(self) -> bool:
+        """Before a step: whether no gradient is anything but zero. If one was, it is now."""
+        clean = checksum(self.optimizer.main_grad.values()) == 0
+        if not clean:
+            self.discard()
+        return clean
+
+    def _replay(self, batches: Sequence[MicroBatch]) -> int:
+        """A checksum of what these micro-batches give here. Nothing is left of them: no sum over replicas, no count, no probe, no span."""
+        self.beat("replay")
+        self._forget_casts()
+        probes = self.ops.fp8.probes if self.ops.fp8 is not None else {}
+        tracer, kept = self.executor.tracer, dict(probes)
+        self.executor.tracer = Tracer()
+        probes.clear()
+        try:
+            found = self._found(self.executor.step(batches))
+        finally:
+            self.executor.tracer = tracer
+            probes.update(kept)
+        self._forget_pass()
+        return found
+
+    def _found(self, losses: Tensor) -> int:
+        """A checksum of what a pass has found so far, on this rank alone: gradients, losses, what routers counted."""
+        stats = [t for stage in self.stages.values() for s in stage.stats.values() for t in (s.load_E, *s.sums.values())]
+        return checksum([*self.optimizer.main_grad.values(), losses, *stats])
+
+    def _forget_pass(self) -> None:
+        for stage in self.stages.values():
+            for stats in stage.stats.values():
+                stats.take()
+        self.discard()
+
     def blame(self, batches: Sequence[MicroBatch]) -> "Blame | None":
         """What this rank's own gradients and losses of these micro-batches have that is not finite; nothing is summed over replicas."""
         self._forget_casts()
         self.executor.step(batches)
         weights = [name for name, grad in self.optimizer.main_grad.items() if not grad.isfinite().all()]
         losses = {i: loss.tolist() for i, loss in self.executor.losses.items()}
-        for stage in self.stages.values():
-            for stats in stage.stats.values():
-                stats.take()
-        self.discard()
+        self._forget_pass()
         bad = sorted(i for i, loss in losses.items() if not all(map(math.isfinite, loss)))
         return Blame(weights=weights, micro_batches=bad) if weights or bad else None
 

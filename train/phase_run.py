@@ -3,9 +3,11 @@
 Everything in it is constant but the weights: where the next phase differs, another one is made.
 """
 
+import functools
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +19,12 @@ from ..conf.phases import Phase
 from ..parallel.groups import Mesh
 from ..parallel.phases import IGNORED, MicroBatch
 from ..parallel.transport import Transport
+from .checksum import short
 from .data.corpus import Corpus, DamagedSample
 from .engine import Engine, Gradients, StepResult, Watch, learning_rate
-from .signals import Heard, pack
+from .guard import GoBack
+from .replay import Pair, Replay
+from .signals import Heard, pack, unpack
 from .stragglers import Busy, Stragglers
 
 
@@ -45,21 +50,50 @@ class PhaseRun:
         mesh: Mesh | None = None,
         watch: Watch | None = None,
         beat: Busy | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ):
-        self.phase, self.corpus, self.device, self.beat = phase, corpus, device, beat or Busy()
+        self.phase, self.corpus, self.device, self.beat, self.log = phase, corpus, device, beat or Busy(), log
         self.engine = Engine(phase.config, device, mesh, watch, Transport(self.beat.own), beat=self.beat)
         self.dp_rank = self.engine.mesh.dp_rank
         self.at_rest: dict[str, int] = {}  # after the last update; empty: not known
         self.stragglers, self.step_seconds = Stragglers(phase.config.parallel, phase.config.guard.stragglers), 0.0
+        self.replay = Replay(phase.config.parallel, phase.config.guard.replay_interval, exact=device.type == "cpu")
         self.damage: str | None = None  # why the step's samples are not what they should be
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.phase.config.optim, step - self.phase.first_step, self.phase.num_steps)
 
-    def gradients(self, step: int, samples: np.ndarray, **signals: float) -> Gradients:
-        """Of step `step` of the run (0 is the first) on these samples of the stream, those of all ranks. `signals`: see there."""
+    def agreed(self, step: int, samples: np.ndarray, **signals: float) -> tuple[Gradients, Heard]:
+        """`gradients`, and what all ranks said with them; computed again where a replay finds others. Raises GoBack where memory has
+        changed, WrongGradients where a rank goes on computing wrongly."""
+        tries: list[list[Pair]] = []
+        while True:
+            ahead = self.replay.ahead(step + 1, tries)
+            found = self.gradients(step, samples, ahead=ahead, **signals)
+            heard = unpack(found.flags)
+            if unclean := [str(rank) for rank, said in enumerate(heard.each["unclean"]) if said]:
+                self.log(f"step {step + 1}: gradients of rank {', '.join(unclean)} were not zero before the step began: they are made so")
+            if changed := self.changed(heard):
+                raise GoBack(changed, without_since=False)
+            if ahead is None or self.unreadable(heard):
+                return found, heard
+            tries.append(self.replay.differ(ahead, heard))
+            once_more, told = self.replay.judge(step + 1, tries)
+            if told:
+                self.log(f"step {step + 1}: {told}")
+            if not once_more:
+                return found, heard
+            self.engine.discard()
+
+    def gradients(self, step: int, samples: np.ndarray, *, ahead: int | None = None, **signals: float) -> Gradients:
+        """Of step `step` of the run (0 is the first) on these samples of the stream, those of all ranks. `signals`: see there. `ahead`:
+        those of the team so far ahead are replayed first."""
+        if self.phase.config.guard.checksums:
+            signals["unclean"] = not self.engine.clean()
         self.beat("data", step + 1)
-        return self.engine.gradients(self._read(step, samples), lambda: self._flags(**signals))
+        self.damage, p = None, self.phase.config.parallel
+        other = self._read(step, samples, (self.dp_rank + ahead * p.ep) % p.dp) if ahead is not None else ()
+        return self.engine.gradients(self._read(step, samples), functools.partial(self._flags, **signals), other)
 
     def apply(self, step: int, found: Gradients) -> StepResult:
         result = self.engine.apply(found, self.learning_rate(step))
@@ -67,11 +101,12 @@ class PhaseRun:
         self.beat.rest()
         return result
 
-    def _flags(self, **signals: float) -> Tensor:
+    def _flags(self, own: int = 0, replayed: int = 0, **signals: float) -> Tensor:
         """When backward is over: until then, memory may have changed that this step's gradients came from."""
+        signals |= {"own": short(own), "replayed": short(replayed)}
         if self.at_rest:
             signals["changed"] = self.engine.sums() != self.at_rest
-            signals |= {name: self.at_rest[name] % 2**53 for name in ("dense", "experts")}
+            signals |= {name: short(self.at_rest[name]) for name in ("dense", "experts")}
         signals["unreadable"] = self.damage is not None
         busy, self.step_seconds = self.beat.take()
         return pack(dist.get_rank(), dist.get_world_size(), memory=peak_memory(self.device), **busy, **signals)
@@ -105,22 +140,23 @@ class PhaseRun:
     def blame(self, step: int, samples: np.ndarray) -> list[str]:
         """Computed once more, and not summed over ranks: what is not finite, where, of which samples. Or which file is damaged. Collective;
         alike on all ranks."""
-        mine = self._mine(samples)
+        mine = self._mine(samples, self.dp_rank)
+        self.damage = None
         found = self.engine.blame(self._read(step, samples))
         said: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(said, self.damage or (f"not finite: {found.sentence(mine.tolist())}" if found else None))
         return [f"rank {rank}: {sentence}" for rank, sentence in enumerate(said) if sentence]
 
-    def _mine(self, samples: np.ndarray) -> np.ndarray:
+    def _mine(self, samples: np.ndarray, dp_rank: int) -> np.ndarray:
         """(micro-batches, sequences of each): micro-batch i of data-parallel rank r has samples (i * dp + r) * B and on, so that any layout
         reads the same set."""
         c = self.phase.config
-        return samples.reshape(-1, c.parallel.dp, c.train.micro_batch_sequences)[:, self.dp_rank]
+        return samples.reshape(-1, c.parallel.dp, c.train.micro_batch_sequences)[:, dp_rank]
 
-    def _read(self, step: int, samples: np.ndarray) -> list[MicroBatch]:
-        """This rank's micro-batches. Damaged ones are replaced, and told in `damage`: the step is taken part in, and not applied."""
-        indices = self._mine(samples)
-        self.damage = None
+    def _read(self, step: int, samples: np.ndarray, dp_rank: int | None = None) -> list[MicroBatch]:
+        """Micro-batches of this rank, or of another. Damaged ones are replaced, and told in `damage`: the step is taken part in, and not
+        applied."""
+        indices = self._mine(samples, self.dp_rank if dp_rank is None else dp_rank)
         try:
             rows = self.corpus.train(indices.flatten(), phase=self.phase.stream)
         except DamagedSample as error:

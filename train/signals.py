@@ -9,8 +9,11 @@ from torch import Tensor
 # done with the last save.
 SUMS = ("stop", "save", "saved", "spent")
 # Of each rank: its peak, bytes; whether its memory changed between two updates; whether it could not read its samples; what its dense
-# weights, and its experts', add up to; how long it was busy itself, seconds.
-EACH = ("memory", "changed", "unreadable", "dense", "experts", "busy_data", "busy_compute", "busy_update")
+# weights, and its experts', add up to; its gradients, and those of another rank's micro-batches that it replayed; whether something had
+# changed gradients before there were any; how long it was busy itself, seconds.
+EACH = (
+    "memory", "changed", "unreadable", "dense", "experts", "own", "replayed", "unclean", "busy_data", "busy_compute", "busy_update",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from .model.attention import kernel_of
 from .phase_run import PhaseRun
 from .records import make_record
 from .resume import Progress, check_same_run, find_start, kept
-from .signals import Heard, unpack
+from .signals import Heard
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 from .stragglers import Busy
 from .traces import Traces
@@ -67,7 +67,7 @@ def run(
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
     Collective: every rank of an initialised world calls it. `log` is used on rank 0; `beat` is told what this rank is at: start, data,
-    forward and backward, reduce, update, evaluation, checkpoint, end. Raises ConfigError, DataError, CheckpointError,
+    replay, forward and backward, reduce, update, evaluation, checkpoint, end. Raises ConfigError, DataError, CheckpointError,
     FloatingPointError; whatever was saved before stays.
     """
     try:
@@ -182,7 +182,7 @@ class _Session:
             self.part = None  # its weights go before the next are made
             gc.collect()  # stages and their phases hold one another
         corpus = open_corpus(c.data, vocab_size=c.model.vocab_size, seed=c.train.seed, extra=c.model.mtp_depth, log=self.log)
-        self.part = PhaseRun(phase, corpus, self.device, mesh=mesh, watch=self.watch, beat=self.beat)
+        self.part = PhaseRun(phase, corpus, self.device, mesh=mesh, watch=self.watch, beat=self.beat, log=self.log)
         if start is not None:
             self._load(start)
         self.part.engine.watch.begun(self.part.engine)
@@ -377,10 +377,7 @@ class _Session:
         if self.is_main:
             self.spent = self.books.spent()
         signals = {"stop": self.stop(), "spent": bool(self.spent), **self.saves.signals()}
-        found = self.part.gradients(self.progress.step, samples, **signals)
-        heard = unpack(found.flags)
-        if changed := self.part.changed(heard):
-            raise GoBack(changed, without_since=False)
+        found, heard = self.part.agreed(self.progress.step, samples, **signals)
         return found, heard, self.part.unreadable(heard) or self.guard.trouble(found.loss, found.grad_norm)
 
     def _leave_out(self, first: int, last: int, why: str) -> None:
