@@ -122,8 +122,11 @@ def test_after_steps_evaluations_and_moves(layout):
 # ---------------------------------------------------------------- training
 
 
+ONE_BATCH = ["train.micro_batch_sequences=8"]  # a step costs by the micro-batch
+
+
 def losses(words):
-    engine = Engine(load([*BASE, *words]))
+    engine = Engine(load([*BASE, *ONE_BATCH, *words]))
     return [engine.train_step(batches(engine.config, step), 3e-3).loss for step in range(12)]
 
 
@@ -140,9 +143,14 @@ def two_steps(words):
     return [(r.loss, r.grad_norm) for r in results], {name: chunk.data.clone() for name, chunk in engine.optimizer.state().items()}
 
 
+@pytest.fixture(scope="module")
+def without_recomputing():
+    return fork_ranks(1, two_steps, [])
+
+
 @pytest.mark.parametrize("recompute", ["[norm,mla_up,swiglu]", "[norm,attention,experts]"])
-def test_recomputing_changes_nothing(recompute):
-    ((plain, state),) = fork_ranks(1, two_steps, [])
+def test_recomputing_changes_nothing(recompute, without_recomputing):
+    ((plain, state),) = without_recomputing
     ((again, other_state),) = fork_ranks(1, two_steps, [f"train.recompute={recompute}"])
     assert again == plain and all(torch.equal(state[name], other_state[name]) for name in state)
 
@@ -153,7 +161,8 @@ def session(words):
 
 def test_stopped_resumed_and_exported(tmp_path):
     """Bit for bit the run that was not stopped. A checkpoint's masters are FP32 and its weights BF16, as without FP8."""
-    common = [*BASE, f"data.cache_dir={tmp_path}", "precision=fp8", "train.steps=4", "checkpoint.interval=2", "train.eval_sequences=4"]
+    steps = ["train.steps=4", "checkpoint.interval=2", "train.eval_sequences=4"]
+    common = [*BASE, *ONE_BATCH, *steps, f"data.cache_dir={tmp_path}", "precision=fp8"]
     whole, parts = ([*common, f"run_dir={tmp_path / name}"] for name in ("whole", "parts"))
     fork_ranks(1, session, whole)
     for more in (["train.stop_after=2"], []):

@@ -3,6 +3,7 @@
 Also: no sample is lost or repeated, a run directory is refused to another model or stream, and what a run leaves behind.
 """
 
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ BASE = [
     "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=3", "model.dense_hidden_dim=48",
     "model.expert_hidden_dim=24", "train.global_batch_tokens=256", "train.micro_batch_sequences=4", f"train.steps={STEPS}",
     "train.eval_interval=3", "train.eval_sequences=10", "optim.warmup_steps=2", "checkpoint.interval=2",
+    "data.sources.synthetic.num_documents=300",
 ]  # fmt: skip
 
 
@@ -75,10 +77,22 @@ def curve(overrides):
 LAYOUTS = [[], ["parallel.pp=2", "parallel.ep=2"]]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The curve of a run that nothing happens to, by layout; trained when it is first asked for."""
+
+    @functools.cache
+    def of(*layout):
+        run = [*BASE, f"data.cache_dir={tmp_path_factory.getbasetemp() / 'cache'}", f"run_dir={tmp_path_factory.mktemp('whole')}", *layout]
+        session(run)
+        return curve(run)
+
+    return of
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["one process", "pp 2 x ep 2"])
-def test_stopped_after_any_step(words, layout):
-    session(words("whole", *layout))
-    expected = curve(words("whole"))
+def test_stopped_after_any_step(words, whole, layout):
+    expected = whole(*layout)
     assert [row[0] for row in expected] == list(range(1, STEPS + 1)) and expected[-1][2] < expected[0][2]
     for step in range(1, STEPS) if not layout else (1, 4):
         run = words(f"stopped{step}", *layout)
@@ -89,23 +103,21 @@ def test_stopped_after_any_step(words, layout):
 
 
 @pytest.mark.parametrize("layout, deaths", [(LAYOUTS[0], (2, 4, 6)), (LAYOUTS[1], (4,))], ids=["one process", "pp 2 x ep 2"])
-def test_killed(words, layout, deaths):
+def test_killed(words, whole, layout, deaths):
     """Without a word, after steps that no checkpoint holds: they are done again, and what was lost is kept apart."""
-    session(words("whole", *layout))
     for death in deaths:
         run = words(f"killed{death}", *layout)
         with pytest.raises(RankFailed, match="exit code 9"):
             session(run, die_at=death)
         session(run)
-        assert curve(run) == curve(words("whole"))
+        assert curve(run) == whole(*layout)
 
 
 CHAIN = ["parallel.pp=2 parallel.ep=2", "parallel.edp=2", "parallel.ep=4", "parallel.pp=3 optim.engine=deepspeed", "parallel.pp=1"]
 
 
-def test_another_layout_each_session(words):
+def test_another_layout_each_session(words, whole):
     """Losses agree to 1e-6 with one process, and the stream of samples goes on without a gap or a repeat."""
-    session(words("whole"))
     run, seen, losses = words("moved"), [], []
     for layout in CHAIN:
         ranks = session([*run, *layout.split(), "train.stop_after=1"])
@@ -117,18 +129,17 @@ def test_another_layout_each_session(words):
             seen += stages[0]
     losses = [row[2] for row in curve(run)]
     assert seen == list(range(16 * len(CHAIN)))
-    for got, row in zip(losses, curve(words("whole"))):
+    for got, row in zip(losses, whole()):
         assert abs(got / row[2] - 1) < 1e-6
 
 
-def test_sigterm_is_agreed_on(words):
+def test_sigterm_is_agreed_on(words, whole):
     """One rank is asked to stop: all end the same step, with a checkpoint."""
     run = words("asked", "parallel.edp=2")
     ranks = fork_ranks(2, asked, run)
     assert [(o.step, o.stopped) for o in ranks] == [(3, True)] * 2
     session(run)
-    session(words("whole", "parallel.edp=2"))
-    assert curve(run) == curve(words("whole"))
+    assert curve(run) == whole("parallel.edp=2")
 
 
 def asked(overrides):

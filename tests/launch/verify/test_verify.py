@@ -18,7 +18,7 @@ def shoestring(*words, timeout=280):
 
 
 def test_the_smoke_certificate(tmp_path):
-    done = shoestring("verify", f"out={tmp_path}")
+    done = shoestring("verify", "model.num_layers=4", f"out={tmp_path}")  # half of what is usual: the others are of the same kind
     assert done.returncode == exit_codes.OK, done.stdout + done.stderr
     made = json.loads((tmp_path / "certificate.json").read_text())
     assert made["passed"] and len(made["cases"]) == len(command.SMOKE) and not made["invalid"]
