@@ -76,6 +76,7 @@ class Stragglers:
         self.share, self._stage = share, np.arange(parallel.world_size) // parallel.dp
         self._alone = parallel.dp == 1
         self._busy: deque[np.ndarray] = deque(maxlen=WINDOW)  # (phases, ranks), seconds
+        self._before: np.ndarray | None = None  # what was told last, of whatever step
         self._expected: deque[np.ndarray] = deque(maxlen=LAST)
         self._late: deque[np.ndarray] = deque(maxlen=LAST)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
@@ -85,10 +86,11 @@ class Stragglers:
 
     def hear(self, step: int, each: dict[str, list[float]], seconds: float) -> list[str]:
         """Sentences about a step: what its ranks have told (`Heard.each`), and how long it took; 0: not to be looked at."""
+        busy, before = np.array([each[name] for name in TITLES]), self._before
+        self._before = busy
         if not self.share or not seconds:
             return []
-        busy = np.array([each[name] for name in TITLES])
-        told = self._sudden(step, busy, seconds)
+        told = self._sudden(step, busy, before, seconds)
         self._busy.append(busy)
         self._seconds.append(seconds)
         return [*told, *self._lasting(step, busy, seconds)]
@@ -110,16 +112,18 @@ class Stragglers:
 
     # ------------------------------------------------------------ once
 
-    def _sudden(self, step: int, busy: np.ndarray, seconds: float) -> list[str]:
+    def _sudden(self, step: int, busy: np.ndarray, before: np.ndarray | None, seconds: float) -> list[str]:
+        """Of a step, or of the one before: the rank that compares waits for the end of that after it has told how long it was busy."""
         if len(self._seconds) < SOME or seconds <= max(TIMES * (median := statistics.median(self._seconds)), median + SUDDENLY_S):
             return []
-        more = busy - np.median(self._busy, axis=0)
-        phase = int(more.max(axis=1).argmax())
-        found = np.flatnonzero(more[phase] >= (seconds - median) / 2)
-        why = "no rank was busy: the network, or another job on these machines"
-        if len(found):
-            why = f"{_ranks(found)} {'was' if len(found) == 1 else 'were'} busy for {busy[phase, found].max():.2g} s in {_title(phase)}"
-        return [f"step {step} took {seconds:.2g} s (median {median:.2g} s): {why}"]
+        took = f"took {seconds:.2g} s (median {median:.2g} s)"
+        for number, told in ((step, busy), (step - 1, before)):
+            more = np.zeros_like(busy) if told is None else told - np.median(self._busy, axis=0)
+            phase = int(more.max(axis=1).argmax())
+            if len(found := np.flatnonzero(more[phase] >= (seconds - median) / 2)):
+                were = "was" if len(found) == 1 else "were"
+                return [f"step {number} {took}: {_ranks(found)} {were} busy for {told[phase, found].max():.2g} s in {_title(phase)}"]
+        return [f"step {step} {took}: no rank was busy: the network, or another job on these machines"]
 
     # ------------------------------------------------------------ step after step
 
