@@ -207,6 +207,8 @@ def test_who_is_named(p, exact, data):
     if p.edp > 2:
         with pytest.raises(WrongGradients, match=rf": rank {rank} computes wrongly"):
             tries(replay, p, lambda r, n: r == rank)  # always in the same way
+        with pytest.raises(WrongGradients, match=rf": rank {rank} computes wrongly"):
+            tries(replay, p, lambda r, n: r == rank and n % 2)  # of its own only: another team replays it the second time
 
 
 @given(p=layouts)
