@@ -6,14 +6,12 @@ A new phase is a resume: the last one ends with a checkpoint, and the next one, 
 """
 
 import gc
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,23 +20,21 @@ from ..conf.phases import Phase, num_steps, phase_at
 from ..conf.schema import Config, ConfigError
 from ..parallel import world
 from ..parallel.optimizer.zero import Chunk, may_lack
-from . import cost, left_out, metrics, units
+from . import describe, left_out, metrics, units
 from .books import Books
 from .checkpoint.checkpointer import Checkpointer, read_extra
 from .checkpoint.folder import mend, torn
 from .checkpoint.manifest import CheckpointError, DamagedError
 from .checkpoint.saves import Saves, State
-from .data.corpus import DataError, open_corpus
-from .engine import Beat, Gradients, Watch, silent
-from .guard import GoBack, Guard
-from .left_out import Window, configured, take
+from .data.corpus import open_corpus
+from .engine import Beat, Watch, silent
+from .guard import GoBack
 from .metrics import StepRecord, Summary
-from .model.attention import kernel_of
 from .phase_run import PhaseRun
 from .records import make_record
 from .resume import Progress, check_same_run, find_start, kept
-from .signals import Heard
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+from .sound import Sound
 from .stragglers import Busy
 from .traces import Traces
 
@@ -97,7 +93,7 @@ class _Session:
     ):
         self.config, self.device, self.stop, self.log, self.watch = config, device, stop, log, watch
         self.beat = Busy(beat, on_gpu=device.type == "cuda")
-        self.books, self.guard, self.spent = Books(config, Path(config.run_dir), job, log), Guard(config.guard), ""
+        self.books, self.spent = Books(config, Path(config.run_dir), job, log), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
@@ -110,7 +106,8 @@ class _Session:
         self.saves = Saves(self.checkpointer, config.checkpoint, mttf_s=mttf_s, log=self.log)
         self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device, self.log)
         self.progress, self.part = Progress(), None
-        self.left_out: list[Window] = self._of_first(lambda: left_out.read(self.run_dir))
+        self.sound = Sound(config.guard, self._of_first(lambda: left_out.read(self.run_dir)), self.run_dir, log)
+        self.guard = self.sound.guard
         self._go_on_from_newest()
         if self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -140,7 +137,9 @@ class _Session:
                 aside = True
                 continue
             if not begun:
-                self._describe_model(start)
+                self.log(describe.model(self.phase.config))
+                if start is not None:
+                    self.log(f"resumed at step {self.progress.step} from {start}; the next sample is number {self.progress.sample}")
             self._describe_phase()
             return start
 
@@ -218,27 +217,9 @@ class _Session:
         }
         return chunks, extra
 
-    def _describe_model(self, start: Path | None) -> None:
-        c, p = self.phase.config, cost.num_params(self.config.model)
-        predictor = f" (and {(p.trained - p.total) / 1e6:,.1f} M that predict further tokens)" if p.trained > p.total else ""
-        self.log(
-            f"{c.model.name}: {p.total / 1e6:,.1f} M parameters, {p.active / 1e6:,.1f} M active{predictor}; "
-            f"{c.parallel.world_size} x {c.cluster.device}, {c.precision.products}, optimizer {c.optim.engine}"
-        )
-        if start is not None:
-            self.log(f"resumed at step {self.progress.step} from {start}; the next sample is number {self.progress.sample}")
-
     def _describe_phase(self) -> None:
-        phase, c = self.phase, self.phase.config
-        first, last = phase.levels[0].batch_tokens // c.data.seq_len, c.sequences_per_step
-        size = f"{last}" if first == last else f"{first} to {last}"
-        steps = f"steps {phase.first_step + 1} to {phase.end_step} of {num_steps(self.config)}"
-        named = f"phase {phase.name}, {steps}: " if self.config.phases else ""
-        self.log(
-            f"{named}{size} sequences of {c.data.seq_len} a step, in micro-batches of {c.train.micro_batch_sequences}; "
-            f"{units.count(phase.num_tokens)} tokens in {phase.num_steps} steps; {metrics.layout_name(c.parallel)}"
-        )
-        self.log(str(kernel_of(c.model, c.data.seq_len, self.part.engine.dtype, self.device)))
+        for line in describe.phase(self.config, self.part):
+            self.log(line)
 
     def _summary(self) -> Summary | None:
         if not self.is_main or not self.books.metrics_path.exists():
@@ -322,7 +303,7 @@ class _Session:
         lr = self.part.learning_rate(p.step)
         sentinel = self.part.engine.sentinel
         self.traces.begin(p.step + 1, self.part.engine.executor)
-        found, heard, samples = self._sound(batch_tokens // phase.config.data.seq_len)
+        found, heard, samples = self.sound.gradients(self.part, p, batch_tokens // phase.config.data.seq_len, self._signals)
         for sentence in self.part.late(p.step, heard) if self.is_main else ():
             self.log(sentence)
         result = self.part.apply(p.step, found)
@@ -344,48 +325,11 @@ class _Session:
         )  # fmt: skip
         return record, heard.sums
 
-    # ------------------------------------------------------------ steps that look wrong
-
-    def _sound(self, count: int) -> tuple[Gradients, Heard, np.ndarray]:
-        """Gradients that can be applied, what ranks said with them, and of which samples they are: the next ones, or those after."""
-        p, stream = self.progress, self.phase.stream
-        while True:
-            windows = [*self.left_out, *configured(self.phase.config.data.skip, stream)]
-            samples = take(windows, stream, p.sample, count)
-            found, heard, trouble = self._attempt(samples)
-            if trouble:
-                self.part.engine.discard()
-                found, heard, again = self._attempt(samples)
-                told = "computed again, it is the same" if again else "computed again, it is sound: a passing fault"
-                self.log(f"step {p.step + 1}: {trouble}; {told}")
-                trouble = again
-            if not trouble:
-                return found, heard, samples
-            self.part.engine.discard()
-            damaged = self.part.unreadable(heard)
-            blame = self.part.blame(p.step, samples) if damaged or not math.isfinite(found.grad_norm) else []
-            for sentence in blame:
-                self.log(f"  {sentence}")
-            if damaged and self.guard.is_last_try:
-                raise DataError(f"step {p.step + 1}, and {self.guard.in_a_row} before it: {'; '.join(blame)}")
-            self._leave_out(int(samples[0]), int(samples[-1]), trouble)
-            self.guard.left_out(trouble)
-
-    def _attempt(self, samples: np.ndarray) -> tuple[Gradients, Heard, str | None]:
-        if self.part.engine.sentinel:
-            self.part.engine.sentinel.wake(self.progress.step)
+    def _signals(self) -> dict[str, float]:
+        """What this rank tells the others beside what it found."""
         if self.is_main:
             self.spent = self.books.spent()
-        signals = {"stop": self.stop(), "spent": bool(self.spent), **self.saves.signals()}
-        found, heard = self.part.agreed(self.progress.step, samples, **signals)
-        return found, heard, self.part.unreadable(heard) or self.guard.trouble(found.loss, found.grad_norm)
-
-    def _leave_out(self, first: int, last: int, why: str) -> None:
-        """For good: on disk before anything else happens."""
-        self.left_out.append(Window(stream=self.phase.stream, first=first, last=last, why=why))
-        if self.is_main:
-            left_out.write(self.run_dir, self.left_out)
-        self.log(f"samples {first} to {last} are left out ({self.run_dir / left_out.NAME})")
+        return {"stop": self.stop(), "spent": bool(self.spent), **self.saves.signals()}
 
     def _go_back(self, error: GoBack) -> None:
         """To the last checkpoint, or to the beginning where there is none."""
@@ -398,7 +342,7 @@ class _Session:
         if start is None:
             self.guard.begin()
         if error.without_since and self.progress.stream == stream and self.progress.sample < upto:
-            self._leave_out(self.progress.sample, upto - 1, str(error))
+            self.sound.leave_out(stream, self.progress.sample, upto - 1, str(error))
         if self.is_main:
             self.sinks.close()
             self.books.back(self.phase.config, self.progress.step)
