@@ -36,7 +36,7 @@ class Replay:
 
     def __init__(self, parallel: ParallelConfig, interval: int, *, exact: bool):
         self.parallel, self.interval, self.exact = parallel, interval, exact
-        self._sound = 0  # the last step whose replay agreed, 1 is the run's first; 0: none of this session
+        self._sound = 0  # the last step whose replay agreed, 1 is the run's first; 0: none
 
     def ahead(self, step: int, tries: Sequence[Sequence[Pair]]) -> int | None:
         """How many teams ahead of its own is that which each team replays in step `step` (1 is the first) after these tries; None: no
@@ -81,12 +81,20 @@ class Replay:
 
     def _verdict(self, step: int, pairs: Sequence[Pair], ranks: Sequence[int]) -> str:
         named = f"rank {' or '.join(map(str, ranks))}"
-        trust = f"after step {self._sound}, whose replay agreed," if self._sound else "of this session"
+        which = f"Checkpoints after step {self._sound}, whose replay agreed," if self._sound else "All checkpoints"
         return (
             f"step {step}: {_sentence(pairs)}, and not once only: {named} computes wrongly. No weight was changed by it. Take the device "
-            f"of {named} out, or test it. Checkpoints {trust} may hold what it had got wrong before: go on from an older one "
+            f"of {named} out, or test it. {which} may hold what it had got wrong before: go on from an older one "
             "(shoestring checkpoint list; checkpoint.resume=PATH)"
         )
+
+    # ------------------------------------------------------------ in a checkpoint
+
+    def state(self) -> dict:
+        return {"replay_agreed": self._sound}
+
+    def load_state(self, extra: dict) -> None:
+        self._sound = extra.get("replay_agreed", 0)
 
 
 def _sentence(pairs: Sequence[Pair]) -> str:

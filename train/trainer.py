@@ -202,6 +202,7 @@ class _Session:
         if self.part.engine.sentinel:
             self.part.engine.sentinel.load_state(extra)
         self.guard.load_state(extra)
+        self.part.replay.load_state(extra)
         torch.set_rng_state(rng)
         self.progress = Progress(**extra["progress"])
 
@@ -214,6 +215,7 @@ class _Session:
             **self.part.engine.placement.state(),
             **(self.part.engine.sentinel.state() if self.part.engine.sentinel else {}),
             **self.guard.state(),
+            **self.part.replay.state(),
         }
         return chunks, extra
 
