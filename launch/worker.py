@@ -16,6 +16,7 @@ from ..conf.schema import Config, LaunchConfig
 from ..parallel import world
 from ..parallel.flight import FOLDER, answer_when_asked, last_begun, tidy, write_flight
 from ..train import trainer
+from ..train.replay import WrongGradients
 from . import device, environment, exit_codes
 from .environment import Place
 from .finish import conclude
@@ -112,7 +113,7 @@ def _say(text: str) -> None:
 def _report(error: BaseException, place: Place, failures: Path | None, flight: Path) -> int:
     at, code = time.monotonic(), exit_codes.of(error)
     message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
-    if code == exit_codes.LOST and dist.is_initialized():
+    if code == exit_codes.LOST and dist.is_initialized() and not isinstance(error, WrongGradients):  # which waited for nobody
         message += f"; begun last: {last_begun()}; more in {write_flight(flight, error)}"
     trace = traceback.format_exc() if code == exit_codes.FAILED else ""
     if failures is None:

@@ -7,7 +7,6 @@ move the routers' biases. The loop around it (data, checkpoints, records) is `tr
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from ..kernels.fp8_weights import WeightCache
 from ..kernels.grouped import row_alignment
 from ..kernels.ops import Ops
 from ..kernels.weight_grad import WeightGradStore
-from ..parallel.dispatch import Dispatcher, make_dispatcher
+from ..parallel.dispatch import make_dispatcher
 from ..parallel.executor import Executor
 from ..parallel.groups import Mesh
 from ..parallel.host_reads import HostReads
@@ -38,95 +37,9 @@ from .owned import muon_matrices
 from .rank_share import stage_layers
 from .replay import repeatable
 from .sentinel import Sentinel
+from .step import Beat, Blame, Gradients, StepResult, Totals, Watch, silent
 
 ROUTER_SUMS = ("balance", "z", "entropy")  # of `Routing.sums`
-
-Beat = Callable[..., None]  # (phase, step): this rank begins a phase ("": goes on in it) of step `step` (1 is the first; None: the same)
-
-
-def silent(phase: str, step: int | None = None) -> None:
-    """A `Beat` that nobody hears."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """The job's step, equal on all ranks. Loads: (MoE layers, experts), int64, of the global batch."""
-
-    loss: float  # mean over tokens
-    mtp_losses: list[float]  # of each prediction module, likewise, before their weight
-    tokens: int
-    grad_norm: float
-    clip_coef: float
-    balance_loss: float  # as added to the loss: coefficient included, summed over layers
-    z_loss: float
-    router_entropy: float  # of the normalised scores, nats, mean over tokens and layers; 0 where there is no router
-    loads: Tensor
-    rank_overload: list[float]  # of each MoE layer: the busiest expert-parallel rank's load over the mean
-    bias_norm: float
-    flags: Tensor  # sums over ranks of the caller's `flags`
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Totals:
-    losses: list[float]
-    tokens: int
-    router_sums: list[float]
-    flags: Tensor
-    loads: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """Of one step, summed, scaled and not applied yet; all alike on all ranks but the gradients themselves, which are the optimizer's."""
-
-    loss: float
-    grad_norm: float
-    norm: Tensor
-    totals: _Totals
-
-    @property
-    def flags(self) -> Tensor:
-        return self.totals.flags
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blame:
-    """Of one rank: weights whose gradients are not finite, and micro-batches whose loss is not (known where they end)."""
-
-    weights: list[str]
-    micro_batches: list[int]
-
-    def sentence(self, samples: Sequence[Sequence[int]]) -> str:
-        """`samples`: of each micro-batch."""
-        layers = sorted({int(name.split(".")[1]) for name in self.weights if name.startswith("layers.")})
-        where = []
-        if self.weights:
-            more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
-            where.append(f"gradients of {self.weights[0]}{more}" + (f", layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else ""))
-        if self.micro_batches:
-            where.append(f"the loss of samples {', '.join(str(n) for i in self.micro_batches for n in samples[i])}")
-        return "; ".join(where)
-
-
-class Watch:
-    """Looks on at each step, and may decide which experts tokens go to, and by what way: for proofs. This one decides nothing."""
-
-    def routing(self, step: int, samples: Sequence[int]) -> Callable[..., Tensor] | None:
-        """`MicroBatch.choose` of the micro-batch that holds these samples of the stream, in step `step` of the run (0 is the first)."""
-        return None
-
-    def dispatcher(self, made: Dispatcher) -> Dispatcher:
-        """What takes its place."""
-        return made
-
-    def begun(self, engine: "Engine") -> None:
-        """Weights are as initialised, or as loaded."""
-
-    def reduced(self, engine: "Engine", norm: Tensor) -> None:
-        """`engine.optimizer.gradients()` are whole, and not clipped yet."""
-
-    def stepped(self, engine: "Engine", result: StepResult) -> None:
-        """Weights, moments and biases are those after the step."""
 
 
 class Engine:
@@ -377,7 +290,7 @@ class Engine:
         if self.ops.fp8 is not None:
             self.ops.fp8.casts.clear()
 
-    def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | Callable | None) -> _Totals:
+    def _reduce_counts(self, losses: Tensor, batches: Sequence[MicroBatch], flags: Tensor | Callable | None) -> Totals:
         """One all-reduce over the world for everything that is counted: FP64 holds integers exactly to 9e15."""
         m = self.config.model
         flags = torch.zeros(0, dtype=torch.float64) if flags is None else flags() if callable(flags) else flags
@@ -394,7 +307,7 @@ class Engine:
         packed = torch.cat(parts).to(self.device)
         dist.all_reduce(packed)
         losses, tokens, router_sums, flags, loads = self.reads.wait(packed).split([len(part) for part in parts])
-        return _Totals(
+        return Totals(
             losses=losses.tolist(),
             tokens=int(tokens.item()),
             router_sums=router_sums.tolist(),

@@ -21,10 +21,11 @@ from ..parallel.phases import IGNORED, MicroBatch
 from ..parallel.transport import Transport
 from .checksum import short
 from .data.corpus import Corpus, DamagedSample
-from .engine import Engine, Gradients, StepResult, Watch, learning_rate
+from .engine import Engine, learning_rate
 from .guard import GoBack
 from .replay import Pair, Replay
 from .signals import Heard, pack, unpack
+from .step import Gradients, StepResult, Watch
 from .stragglers import Busy, Stragglers
 
 

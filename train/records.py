@@ -6,12 +6,12 @@ from typing import Any
 from ..conf.phases import Phase, num_tokens
 from ..conf.schema import Config
 from . import cost, metrics
-from .engine import StepResult
 from .metrics import StepRecord
 from .phase_run import Evaluation
 from .resume import Progress
 from .sentinel import Look, Sentinel
 from .signals import Heard
+from .step import StepResult
 
 
 def make_record(

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from ..conf.schema import GuardConfig
 from . import left_out
 from .data.corpus import DataError
-from .engine import Gradients
 from .guard import Guard
 from .left_out import Window, configured, take
 from .phase_run import PhaseRun
 from .resume import Progress
 from .signals import Heard
+from .step import Gradients
 
 
 class Sound:

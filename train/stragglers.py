@@ -19,7 +19,7 @@ import numpy as np
 from ..conf.schema import ParallelConfig
 from ..parallel.own_time import OwnTime
 from ..parallel.trace import Span
-from .engine import Beat, silent
+from .step import Beat, silent
 
 TITLES = {"busy_data": "data", "busy_compute": "forward and backward", "busy_update": "update"}  # by signal
 OFTEN, LAST = 8, 10  # in so many of the last steps

@@ -27,7 +27,6 @@ from .checkpoint.folder import mend, torn
 from .checkpoint.manifest import CheckpointError, DamagedError
 from .checkpoint.saves import Saves, State
 from .data.corpus import open_corpus
-from .engine import Beat, Watch, silent
 from .guard import GoBack
 from .metrics import StepRecord, Summary
 from .phase_run import PhaseRun
@@ -35,6 +34,7 @@ from .records import make_record
 from .resume import Progress, check_same_run, find_start, kept
 from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 from .sound import Sound
+from .step import Beat, Watch, silent
 from .stragglers import Busy
 from .traces import Traces
 

@@ -25,8 +25,9 @@ from ...parallel.host_reads import HostReads
 from ...parallel.phases import MicroBatch
 from ...parallel.schedule import SCHEDULES
 from ...parallel.schedule.ops import Held
-from ...train.engine import Engine, Watch
+from ...train.engine import Engine
 from ...train.model.decoder import DTYPES, is_expert
+from ...train.step import Watch
 from . import deep_ep
 from .collectives import ANSWERS, Alone, Collectives
 from .meter import Memory, Meter, Owned

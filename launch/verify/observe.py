@@ -21,7 +21,8 @@ from ...conf.schema import Config
 from ...parallel.dispatch import Dispatcher
 from ...parallel.optimizer.zero import Chunk
 from ...train import trainer
-from ...train.engine import Engine, StepResult, Watch
+from ...train.engine import Engine
+from ...train.step import StepResult, Watch
 from ..local import fork_ranks
 from .by_nodes import AddedByNodes
 from .evidence import Choose, Evidence, Step

@@ -35,9 +35,10 @@ from shoestring.parallel.optimizer.zero import Chunk
 from shoestring.train import cost, trainer
 from shoestring.train.checkpoint.checkpointer import Checkpointer
 from shoestring.train.data.corpus import open_corpus
-from shoestring.train.engine import Engine, Watch
+from shoestring.train.engine import Engine
 from shoestring.train.metrics import read_records, replace_file
 from shoestring.train.phase_run import PhaseRun
+from shoestring.train.step import Watch
 from torch import Tensor
 
 BATCH_TOKENS = 4096

@@ -5,7 +5,8 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-from shoestring.train.engine import Engine, Watch
+from shoestring.train.engine import Engine
+from shoestring.train.step import Watch
 from torch import Tensor
 
 

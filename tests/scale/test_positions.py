@@ -21,10 +21,10 @@ from shoestring.train.checkpoint.checkpointer import Checkpointer, read_extra
 from shoestring.train.data.corpus import Corpus
 from shoestring.train.data.shuffle import MAX_SAMPLES, FeistelPermutation, Mixture
 from shoestring.train.data.token_cache import PieceRecord
-from shoestring.train.engine import Watch
 from shoestring.train.left_out import take
 from shoestring.train.phase_run import PhaseRun
 from shoestring.train.resume import Progress
+from shoestring.train.step import Watch
 
 LATE = 3_613_281_250  # 14.8 T tokens in samples of 4,096: past int32, uint32 at 4.3 billion is near
 PLACES = (LATE, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 12_345, MAX_SAMPLES - 1)

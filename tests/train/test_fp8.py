@@ -12,10 +12,11 @@ from shoestring.parallel.phases import MicroBatch
 from shoestring.train import cost, trainer
 from shoestring.train.checkpoint.checkpointer import read_extra
 from shoestring.train.checkpoint.folder import find_latest
-from shoestring.train.engine import Engine, Watch
+from shoestring.train.engine import Engine
 from shoestring.train.interop.hf import export
 from shoestring.train.interop.hf_format import pieces
 from shoestring.train.metrics import read_records
+from shoestring.train.step import Watch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BASE = [

@@ -14,9 +14,9 @@ from shoestring.conf.schema import GuardConfig
 from shoestring.launch.local import fork_ranks
 from shoestring.train import left_out, trainer
 from shoestring.train.checksum import checksum
-from shoestring.train.engine import Watch
 from shoestring.train.guard import FEW, Diverged, GoBack, Guard
 from shoestring.train.metrics import read_records
+from shoestring.train.step import Watch
 
 BASE = [
     "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=3", "model.dense_hidden_dim=48",

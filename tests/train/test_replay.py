@@ -14,10 +14,10 @@ from shoestring.launch.local import fork_ranks
 from shoestring.parallel.optimizer import deepspeed_zero
 from shoestring.train import trainer
 from shoestring.train.checksum import short
-from shoestring.train.engine import Watch
 from shoestring.train.metrics import read_records
 from shoestring.train.replay import Replay, WrongGradients
 from shoestring.train.signals import Heard
+from shoestring.train.step import Watch
 
 BASE = [
     "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=2", "model.dense_hidden_dim=48",

@@ -13,7 +13,7 @@ from shoestring.launch.local import fork_ranks
 from shoestring.parallel import own_time
 from shoestring.parallel.own_time import OwnTime
 from shoestring.parallel.trace import Span
-from shoestring.train.engine import silent
+from shoestring.train.step import silent
 from shoestring.train.stragglers import TITLES, Busy, Stragglers
 
 from ..faults.processes import Fault, Faulty

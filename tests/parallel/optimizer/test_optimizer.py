@@ -21,8 +21,9 @@ from shoestring.parallel.optimizer.zero import Spec
 from shoestring.parallel.phases import MicroBatch
 from shoestring.parallel.schedule import SCHEDULES, Op
 from shoestring.parallel.schedule.ops import Held
-from shoestring.train.engine import Engine, Watch
+from shoestring.train.engine import Engine
 from shoestring.train.interop.hf_format import pieces, to_hf_config
+from shoestring.train.step import Watch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
