@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,20 @@ class Ranks:
         what.logs.mkdir(parents=True, exist_ok=True)
         heartbeats.forget(what.run_dir)
         environment.prepare_launch(what.device_type == "cpu")
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("fork" if what.device_type == "cpu" else "spawn")
+        pipes = [context.Pipe(duplex=False) for _ in range(what.world_size)]
         self.processes = [
-            context.Process(target=_main, args=(rank, os.getpid(), self._store.port, what), name=f"rank {rank}")
+            context.Process(target=_main, args=(rank, os.getpid(), pipes[rank][0], what), name=f"rank {rank}")
             for rank in range(what.world_size)
         ]
         sys.stdout.flush(), sys.stderr.flush()
         for process in self.processes:
             process.start()
+        # Not before: a store that is running when ranks are forked now and then hears nothing of one that connects (2 of 120 starts).
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for reader, writer in pipes:
+            with reader, writer, contextlib.suppress(BrokenPipeError):  # a rank that is gone already
+                writer.send(self._store.port)
         return self
 
     def __exit__(self, *_) -> None:
@@ -151,11 +157,11 @@ def _state(pid: int) -> str:
         return ""
 
 
-def _main(rank: int, launcher: int, store_port: int, what: Try) -> None:
+def _main(rank: int, launcher: int, store_port: Connection, what: Try) -> None:
     """A rank's whole life."""
     gc.freeze()  # what the parent left is not searched for garbage, which would copy all its pages
     _end_with(launcher)
-    environment.become_rank(rank, what.world_size, store_port)
+    environment.become_rank(rank, what.world_size, store_port.recv())
     if rank:
         for name, stream, number in (("stdout", sys.stdout, 1), ("stderr", sys.stderr, 2)):
             with open(what.logs / f"rank_{rank}.{name}", "wb") as file:
