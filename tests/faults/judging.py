@@ -33,6 +33,7 @@ LAYOUTS = {
     "ep 2 x edp 2": ("parallel.ep=2", "parallel.edp=2"),
 }
 STOP_S = 60.0
+ENDS_A_RANK = ("sigkill", "sigstop", "exception", "skipped_collective", "flip_checkpoint", "truncate", "kill_save")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +224,9 @@ def _row(kind: Kind, layout: str, faults: Sequence[Fault], runs: list[Ran], wron
     wrong = [*wrong, *(f"{f.name} was not injected" for f in faults if f.name not in injected)]
     detected = [_detected(runs, kind, f) for f in faults]
     wrong += [f"{f.name} was not told" for f, at in zip(faults, detected) if kind.told and at is None]
+    restarts = len(faults) if kind.fault in ENDS_A_RANK and kind.judge is not lost_node else 0
+    if len(runs[-1].restarts) != restarts:
+        wrong.append(f"{len(runs[-1].restarts)} restarts, not {restarts}: {'; '.join(r['what'] for r in runs[-1].restarts)}")
     times = [again[f.name] - injected[f.name] if f.name in again else None for f in faults]
     return Row(kind=kind.name, layout=layout, faults=faults, detected=detected, again=times, outcome=kind.outcome, wrong=wrong)
 
