@@ -131,6 +131,8 @@ def left_out(place: Place, kind: Kind, layout: str, config: Config, faults: list
         wrong.append(f"left out: {', '.join(skip) or 'nothing'}")
     elif curve(config) != place.reference(f"told {kind.fault} {layout}", *LAYOUTS[layout], f"data.skip=[{','.join(skip)}]"):
         wrong.append("another curve than that of a run told to leave them out")
+    elif curve(config) == place.clean(layout):
+        wrong.append("the curve of a run that has left out nothing")
     return _row(kind, layout, faults, runs, wrong)
 
 
