@@ -46,9 +46,13 @@ class Books:
         self._config = config
         devices, second = cost.num_devices(config), cost.dollars(1.0, cost.num_devices(config), config.cluster)
         past = metrics.rewind(self.metrics_path, step)
+        begun, ends = ledger.events(self.run_dir)
+        # A session may have left no record, and it lasts longer than to its last one.
+        spent = lambda name: max([getattr(past, name), *(getattr(end, name) for end in ends.values())])
         self._past = dataclasses.replace(
-            past, seconds=past.seconds + waited, dollars=past.dollars + waited * second, gpu_hours=past.gpu_hours + waited * devices / 3600
-        )
+            past, session=max([past.session, *(earlier.session + 1 for earlier in begun)]), seconds=spent("seconds") + waited,
+            dollars=spent("dollars") + waited * second, gpu_hours=spent("gpu_hours") + waited * devices / 3600,
+        )  # fmt: skip
         began = ledger.Began(
             session=self.session, job=self.job, time_unix=time.time(), boot=ledger.this_boot(), monotonic=self._began,
             seconds=self._past.seconds, devices=devices, dollars=second,
@@ -73,6 +77,6 @@ class Books:
 
     def end(self, standing: float) -> None:
         """`standing`: seconds that the loop stood still for saves that no record has told of. Writes `ledger.json`."""
-        ended = ledger.Ended(session=self.session, seconds=self.so_far()["seconds"], standing=standing, time_unix=time.time())
+        ended = ledger.Ended(session=self.session, standing=standing, time_unix=time.time(), **self.so_far())
         ledger.note(self.run_dir, ended)
         metrics.replace_file(self.run_dir / "ledger.json", json.dumps(dataclasses.asdict(ledger.account(self.run_dir)), indent=1) + "\n")

@@ -45,12 +45,14 @@ class Began:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """Of itself: `seconds` as in records; `standing`: of the last ones, for saves that no record has told of."""
+    """Of itself: `seconds`, `dollars`, `gpu_hours` as in records; `standing`: of the last seconds, for saves that no record has told of."""
 
     session: int
     seconds: float
     standing: float
     time_unix: float
+    dollars: float = 0.0
+    gpu_hours: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,8 +44,9 @@ def test_dollars_across_sessions(session):
     assert again.step == outcome.step and again.spent and len(same) == len(records)
     more, _, grown = session(*price, "budget_usd=5", "max_tokens=100000", "budget_gpu_hours=0.0035")
     assert more.step == outcome.step and more.spent
-    further, _, grown = session(*price, "budget_usd=8")
-    assert further.step > outcome.step and grown[-1].dollars < 8
+    further, _, grown = session(*price, "budget_usd=100", "train.stop_after=2")
+    assert further.step == outcome.step + 2 and grown[-1].session == 3
+    assert outcome.step and records[-1].dollars + 0.2 < grown[-1].dollars < 100, "sessions that trained nothing were for nothing"
 
 
 def test_tokens(session):

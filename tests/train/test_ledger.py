@@ -71,6 +71,20 @@ def test_after_three_kills(tmp_path):
     assert total >= kept[-1]["seconds"] and kept[-1]["dollars"] == pytest.approx(kept[-1]["seconds"] * 2 * 7.2 / 3600)
 
 
+def test_after_a_session_that_ended_of_itself(tmp_path):
+    """What it held after its last step (a save, an evaluation) is not forgotten by the next one, and one that trained nothing counts."""
+    words, run = [*WORDS, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"], tmp_path / "run"
+    fork_ranks(2, job, [*words, "train.stop_after=3"], None, "monday")
+    fork_ranks(2, job, [*words, "max_tokens=192"], None, "nothing")
+    fork_ranks(2, job, words, None, "tuesday")
+    _, first, second = (s for s in lines(run / "sessions.jsonl") if "standing" in s)
+    (begun,) = (s for s in lines(run / "sessions.jsonl") if s.get("job") == "tuesday")
+    assert (begun["seconds"], begun["seconds"] > lines(run / "metrics.jsonl")[2]["seconds"]) == (first["seconds"], True)
+    found = ledger.account(run)
+    assert found.seconds["restarts"] == 0.0 and sum(found.seconds.values()) == pytest.approx(second["seconds"])
+    assert found.total_dollars == pytest.approx(second["dollars"]) and found.gpu_hours == pytest.approx(second["gpu_hours"])
+
+
 def test_a_wall_clock_that_jumps(tmp_path):
     """An hour ahead, and a rank is killed; an hour behind, and again: waits are those of the monotonic clock, and no limit is near."""
     soon = (datetime.datetime.now() + datetime.timedelta(minutes=40)).isoformat(timespec="seconds")
