@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group, _world
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.optim.adamw import adamw
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,13 @@ foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 abort_process_group = _abort_process_group
 SPLITS_BY_BACKEND = "backend" in inspect.signature(dist.split_group).parameters
+
+
+def get_schedule_ops(*args, **kwargs) -> list:
+    """Torch's own action lists. Imported when they are wanted, which few layouts do: it takes two seconds."""
+    from torch.distributed.pipelining import _schedule_visualizer
+
+    return _schedule_visualizer.get_schedule_ops(*args, **kwargs)
 
 
 def instant_work() -> torch.ScriptObject:
