@@ -37,7 +37,7 @@ _POSITIVE = [
     *_fields("guard", "window patience"),
     *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s mttf_gpu_hours checkpoint_gb_s"),
     *_fields("cluster.rates", "tile sms compute_beside_exchange exchange_beside_compute intra_node inter_node"),
-    *_fields("launch", "threads timeout_s log_interval"),
+    *_fields("launch", "threads timeout_s log_interval port slurm.signal_s k8s.shm_gb k8s.grace_s"),
     *_fields("stack", "tensor context"),
     "precision.sentinel_max_error",
 ]
@@ -49,7 +49,7 @@ _NOT_NEGATIVE = [
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval",
     *_fields("checkpoint", "interval interval_seconds"),
     *_fields("guard", "spike rollbacks stragglers replay_interval"), "budget_usd", "budget_gpu_hours", "max_tokens",
-    "launch.hang_s", "launch.max_restarts",
+    "launch.hang_s", "launch.max_restarts", "launch.k8s.max_restarts",
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
     "stack.host_us_per_step", "stack.peer_wait",
     *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),
@@ -65,6 +65,7 @@ _CHOICES = {
     "optim.moments": ("auto", "fp32", "bf16"),
     "optim.decay": ("cosine", "linear", "none"),
     "data.tokenizer.kind": ("bytes", "bpe", "file"),
+    "launch.how": ("local", "torchrun", "slurm", "k8s"),
     "launch.device": ("auto", "cpu", "cuda"),
     "launch.wandb": ("disabled", "offline", "online"),
 }

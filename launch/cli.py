@@ -251,15 +251,16 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _launch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="+", metavar="KEY=VALUE", help="plan=FILE as `shoestring plan` wrote it, number=1; " + _OVERRIDES
-    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=(
+        "launch=local (default), torchrun, slurm, k8s; plan=FILE as `shoestring plan` wrote it, number=1; and " + _OVERRIDES))  # fmt: skip
     parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be sent or run")
+    parser.add_argument("--detach", action="store_true", help="under Slurm: do not follow the job")
 
 
 def _launch(args: argparse.Namespace) -> int | None:
-    words = _call("shoestring.launch.plan.plans:launch_words", args.overrides)
-    return _train(argparse.Namespace(overrides=words, config_dir=args.config_dir, cfg=None))
+    environment.prepare(threads=1)
+    return _call("shoestring.launch.jobs.command:main", args.overrides, args.config_dir, dry_run=args.dry_run, detach=args.detach)
 
 
 def _rehearse_arguments(parser: argparse.ArgumentParser) -> None:
@@ -370,10 +371,16 @@ COMMANDS = {
         ),
     ),
     "launch": Command(
-        help="train as a plan says",
+        help="start a run here, under torchrun, under Slurm or on Kubernetes, and follow it",
         arguments=_launch_arguments,
         run=_launch,
-        examples=("shoestring launch plan=plan.json", "shoestring launch plan=plan.json number=2 run_dir=runs/second"),
+        examples=(
+            "shoestring launch plan=plan.json                              what was planned, on this machine",
+            "shoestring launch launch=slurm plan=plan.json --dry-run       the sbatch file and the torchrun line of each node",
+            "shoestring launch launch=slurm plan=plan.json launch.slurm.partition=gpu launch.slurm.time=12:00:00",
+            "shoestring launch launch=torchrun launch.endpoint=node0 experiment=ladder_64     on each node",
+            "shoestring launch launch=k8s launch.k8s.image=IMAGE launch.k8s.claim=CLAIM experiment=ladder_8 | kubectl apply -f -",
+        ),
     ),
     "rehearse": Command(
         help="run the step of any rank of a job of thousands here, without GPUs: memory, FLOPs and bytes sent",

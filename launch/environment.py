@@ -46,13 +46,39 @@ def session() -> str:
     return "" if name == "none" else name
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """The job that this process is a part of. `restart`: how often it was requeued; `task`: of an array, "" where it is none."""
+
+    id: str
+    restart: int
+    task: str
+    nodes: str
+
+    @classmethod
+    def from_environment(cls) -> "SlurmJob | None":
+        """None outside of Slurm."""
+        if "SLURM_JOB_ID" not in os.environ:
+            return None
+        get = os.environ.get
+        return cls(
+            id=os.environ["SLURM_JOB_ID"],
+            restart=int(get("SLURM_RESTART_COUNT", "0")),
+            task=get("SLURM_ARRAY_TASK_ID", ""),
+            nodes=get("SLURM_JOB_NODELIST", ""),
+        )
+
+
 def prepare_torchrun() -> None:
     """For the ranks that torchrun is about to start from this process."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds to save after a SIGTERM, of which it would give thirty
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks that share the agent's store do not survive the loss of one
 
 
 def command(words: Sequence[str]) -> list[str]:
     """What a person would type to train with these settings again, in the way that this process was started."""
+    if "SLURM_JOB_ID" in os.environ and "launch=slurm" in words:
+        return ["shoestring", "launch", *words]
     if under_torchrun():
         return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "shoestring.train", *words]
     return [_program(), "train", *words]

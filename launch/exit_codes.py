@@ -45,6 +45,11 @@ def of(error: BaseException) -> int:
     return FAILED
 
 
+def meaning(code: int) -> str:
+    """Of any process's exit code, ours or not."""
+    return MEANING.get(code) or (f"killed by signal {code - 128}" if 128 < code < 160 else "of no meaning to us")
+
+
 def sentence(error: BaseException) -> str:
     """What to tell a person about an exception, in one line."""
     text = " ".join(str(error).split())

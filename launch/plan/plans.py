@@ -144,10 +144,12 @@ def read_words(path: Path, number: int = 1) -> list[str]:
 
 
 def launch_words(words: Sequence[str]) -> list[str]:
-    """Of a plan's run: those of its file, then the others. Raises ConfigError where no plan is named."""
+    """Of a run that may be a plan's: those of its file, then the others. Raises ConfigError."""
     own = {key: value for key, equals, value in (word.partition("=") for word in words) if key in ("plan", "number")}
     if "plan" not in own:
-        raise ConfigError("plan", "", "must be given: shoestring launch plan=plan.json")
+        if "number" in own:
+            raise ConfigError("number", own["number"], "is that of a plan in a file: plan=plan.json must be given with it")
+        return list(words)
     if not own.get("number", "1").isdecimal():
         raise ConfigError("number", own["number"], "must be a whole number: 1 is the best plan", 1)
     others = [word for word in words if word.partition("=")[0] not in own]

@@ -186,12 +186,17 @@ def _shape(words: list[str], config_dir: str | None) -> tuple[int, int, int]:
 
 
 def _load(words: list[str], config_dir: str | None) -> Config:
-    """A plan does not look at data: where its sources lack something, it has any. `words` grows by that."""
+    try:
+        return load_any_data(words, config_dir)
+    except UnknownKey as error:
+        raise UnknownKey(error.field, error.value, error.rule, most_like(error.field, [*OWN, str(error.nearest)])) from None
+
+
+def load_any_data(words: list[str], config_dir: str | None) -> Config:
+    """For what does not look at data: where its sources lack something, they have any. `words` grows by that."""
     for _ in range(len(words) + 8):
         try:
             return load(words, config_dir)
-        except UnknownKey as error:
-            raise UnknownKey(error.field, error.value, error.rule, most_like(error.field, [*OWN, str(error.nearest)])) from None
         except ConfigError as error:
             if not error.field.startswith("data.sources.") or error.value != MISSING:
                 raise

@@ -182,4 +182,4 @@ def test_errors_travel_between_processes():
 
 def test_the_schema_knows_its_own_defaults():
     """Every field that has a default has one of its own type, so that an empty section is as good as none."""
-    assert dataclasses.is_dataclass(Config) and load(["launch=default"]).launch.threads == 1
+    assert dataclasses.is_dataclass(Config) and load(["launch=local"]).launch.threads == 1
