@@ -12,9 +12,9 @@ from omegaconf import MISSING
 from .errors import ConfigError, choose, closest, divisors
 
 __all__ = [
-    "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "KubernetesConfig", "LaunchConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PrecisionConfig", "RampConfig", "RatesConfig", "Section", "SlurmConfig", "SourceConfig", "StackConfig", "TermConfig",
-    "TokenizerConfig", "TrainConfig", "YarnConfig",
+    "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "KubernetesConfig", "LaunchConfig", "ModelConfig",
+    "OptimConfig", "ParallelConfig", "PrecisionConfig", "RampConfig", "RatesConfig", "Section", "SlurmConfig", "SourceConfig",
+    "StackConfig", "TermConfig", "TokenizerConfig", "TrainConfig", "YarnConfig",
     "choose", "closest", "divisors",
 ]  # fmt: skip
 

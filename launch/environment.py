@@ -69,6 +69,11 @@ class SlurmJob:
         )
 
 
+def to_send() -> dict[str, str]:
+    """For sbatch: the log of a job that is requeued goes on where it was."""
+    return {**os.environ, "SBATCH_OPEN_MODE": "append"}
+
+
 def prepare_torchrun() -> None:
     """For the ranks that torchrun is about to start from this process."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds to save after a SIGTERM, of which it would give thirty

@@ -35,7 +35,8 @@ def decide(code: int, *, steps: Sequence[int], most: int) -> str:
     fruitless = len([*itertools.takewhile(lambda step: step == steps[-1], reversed(steps))]) - (steps[-1] > 0)
     if code == exit_codes.FAILED:  # of no known kind: one that comes at the start comes again
         return AGAIN if not fruitless else STOP
-    if code in (exit_codes.PREEMPTED, exit_codes.LOST) or code > 128:  # 128 + signal, as a shell says it
+    killed = code > 128 and code != exit_codes.INTERRUPTED  # 128 + signal, as a shell says it
+    if code in (exit_codes.PREEMPTED, exit_codes.LOST) or killed:
         return AGAIN if fruitless <= most else STOP
     return STOP
 

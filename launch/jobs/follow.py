@@ -65,10 +65,11 @@ def follow(sent: Sent, folder: Path, *, say: Callable[[str], None] = print, tick
     """Until the job is over; its exit code, of a sweep the first that is not 0. `folder`: of its logs. What it sends is followed too."""
     told: dict[str, str] = {}
     tails = Tails(folder, new=False)
-    unknown = 0
+    unknown = ended = 0
     while True:
         now = states(sent.id)
         unknown = unknown + 1 if now is None else 0
+        ended = ended + 1 if now and all(state.state in _ENDED for state in now) else 0
         for state in now or []:
             if told.get(state.id) != str(state):
                 told[state.id] = str(state)
@@ -78,11 +79,11 @@ def follow(sent: Sent, folder: Path, *, say: Callable[[str], None] = print, tick
         if unknown > 5:
             say(f"job {sent.id}: Slurm does not know it (any more)")
             return exit_codes.LOST
-        if now and all(state.state in _ENDED for state in now):
+        if ended > 1:  # a requeue looks like an end for a moment
             following = Sent.read(folder)
             if following is None or following.id == sent.id:
                 return next((code for state in now if (code := _code(state))), exit_codes.OK)
-            sent = following
+            sent, ended = following, 0
             continue
         time.sleep(tick_s)
 

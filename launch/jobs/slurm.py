@@ -18,6 +18,7 @@ from pathlib import Path
 from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...train.metrics import replace_file
+from .. import environment
 from .job import Job
 
 FOLDER = "slurm"  # in the run directory
@@ -58,7 +59,7 @@ def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: 
         + (f", {len(jobs)} times" if array else "") + f". Made by: {_one_line(command)}",
         *(f"#SBATCH {option}" for option in options(first, name, log, chdir, len(jobs) if array else 0)),
         "",
-        "export PYTHONSAFEPATH=1",
+        "export PYTHONSAFEPATH=1 SLURM_OPEN_MODE=append",
         *first.config.launch.slurm.setup,
         *_words(jobs, array),
         f'head=$(hostname):$(({first.config.launch.port} + SLURM_JOB_ID % {PORTS}))',
@@ -84,7 +85,6 @@ def options(job: Job, name: str, log: Path, chdir: Path, array: int) -> list[str
         f"--time={s.time}",
         f"--signal=TERM@{s.signal_s}",
         "--requeue",
-        "--open-mode=append",
         *(["--no-kill"] if job.min_nodes < job.nodes else []),
         f"--chdir={shlex.quote(str(chdir))}",
         f"--output={shlex.quote(f'{log}.log')}",
@@ -105,7 +105,7 @@ def _srun(job: Job, log: Path) -> list[str]:
     line = shlex.join(line).replace("HEAD", '"$head"').replace("NAME", '"$SLURM_JOB_ID"')
     return [
         f"srun {' '.join(shlex.quote(flag) for flag in flags)} \\",
-        f"  --open-mode=append --output={shlex.quote(f'{log}_node_%n.log')} \\",
+        f"  --output={shlex.quote(f'{log}_node_%n.log')} \\",
         f'  {line} "${{words[@]}}"',
     ]
 
@@ -177,7 +177,7 @@ def send(text: str, folder: Path, *, array: int = 0) -> Sent:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.sbatch"
     replace_file(path, text)
-    found = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    found = subprocess.run(["sbatch", "--parsable", str(path)], env=environment.to_send(), capture_output=True, text=True)
     if found.returncode:
         raise ConfigError("launch", "slurm", f"sbatch refused {path}: {' '.join(found.stderr.split())}")
     sent = Sent(id=found.stdout.strip().partition(";")[0], script=str(path), array=array)

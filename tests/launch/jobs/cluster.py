@@ -9,6 +9,7 @@ from pathlib import Path
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 NODES = ("n0", "n1", "n2")
+CREDENTIAL_S = 2
 
 
 def missing() -> list[str]:
@@ -56,8 +57,9 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "--oneliner", "job", job).split())
 
     def hurry(self, job: str) -> None:
-        """Once it waits for its turn after a requeue, which Slurm makes two minutes: it need not."""
+        """Once it waits for its turn after a requeue, which Slurm makes two minutes. Until nodes have forgotten its old credential it must."""
         self._until(lambda: self.job(job)["JobState"] == "PENDING", seconds=60)
+        time.sleep(2 * CREDENTIAL_S)
         self._until(lambda: self.job(job)["JobState"] != "PENDING" or self._now(job), seconds=60)
 
     def _now(self, job: str) -> bool:
@@ -113,7 +115,7 @@ def _conf(folder: Path, socket_path: Path, ports: list[int]) -> str:
     nodes = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000" for n, port in zip(NODES, ports)]
     return "\n".join([
         "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={ports[-1]}", "SlurmUser=root", "SlurmdUser=root",
-        "AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={socket_path}",
+        "AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={socket_path},cred_expire={CREDENTIAL_S}",
         f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool_%n",
         f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/slurmd_%n.pid",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SwitchType=switch/none", "MpiDefault=none",

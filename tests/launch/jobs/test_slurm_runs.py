@@ -54,6 +54,14 @@ class Launched:
             time.sleep(0.1)
         return found
 
+    def hurrying(self, job, seconds=400):
+        """Until it ends, as often as it is requeued."""
+        until = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < until:
+            if self.slurm.job(job)["JobState"] == "PENDING":
+                self.slurm.hurry(job)
+            time.sleep(0.5)
+
     def text(self):
         return self.out.read_text(errors="replace")
 
@@ -102,3 +110,19 @@ def test_a_node_dies_and_a_preemption_comes(slurm, tmp_path, uninterrupted):
     links = [json.loads(line) for line in (run / "slurm/links.jsonl").read_text().splitlines()]
     assert [(link["code"], link["then"]) for link in links] == [(75, "again"), (0, "done")]  # the first link was Slurm's to end
     assert curve(run) == uninterrupted
+
+
+def test_a_run_longer_than_its_limit_is_a_chain(slurm, tmp_path):
+    """Slurm looks at limits every half minute, so a link of two minutes is told to save after 30 to 60 seconds."""
+    run = tmp_path / "runs/long"
+    words = [*SMALL, "parallel.ep=2", "name=long", "train.steps=700", "launch.slurm.time=2", "launch.slurm.signal_s=60"]
+    with Launched(slurm, tmp_path, words) as launched:
+        job = launched.until(lambda: json.loads(sent.read_text())["id"] if (sent := run / "slurm/sent.json").exists() else None)
+        launched.hurrying(job)
+        code, text = launched.end()
+    assert code == exit_codes.OK, text
+    links = [json.loads(line) for line in (run / "slurm/links.jsonl").read_text().splitlines()]
+    assert len(links) > 1 and links[-1]["then"] == "done"
+    assert {(link["code"], link["then"]) for link in links[:-1]} <= {(75, "again"), (143, "again")}  # told before its ranks were up
+    assert any(link["code"] == exit_codes.PREEMPTED for link in links)
+    assert [record.step for record in read_records(run / "metrics.jsonl")] == list(range(1, 701))  # each once: nothing was lost
