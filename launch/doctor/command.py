@@ -9,15 +9,18 @@ import json
 import os
 import pkgutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from omegaconf import MISSING
+
 from ...conf.compose import load
+from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from .. import exit_codes
 from ..environment import Place, under_torchrun
 from . import gpus, machine, network, software, storage, variables
-from .line import CODES, Line, exit_code, merged, show, skipped
+from .line import CODES, Line, exit_code, merged, show, skipped, warn
 
 __all__ = ["Line", "exit_code", "main", "quick", "show"]
 
@@ -37,7 +40,7 @@ def main(
     say: Callable[[str], None] | None = None,
 ) -> int:
     """An exit code: of the first failure, 0 without one. Of ranks that torchrun has started rank 0 speaks. `say`: None for the console."""
-    config, environ = load(words, config_dir), dict(os.environ)
+    config, environ = _load(list(words), config_dir), dict(os.environ)
     place = _place(environ)
     if only_quick and place and place.rank:
         return exit_codes.OK
@@ -59,6 +62,16 @@ def main(
     return code
 
 
+def _load(words: list[str], config_dir: str | Path | None) -> Config:
+    """The doctor does not read data: sources that name none have any."""
+    try:
+        return load(words, config_dir)
+    except ConfigError as error:
+        if not error.field.startswith("data.sources.") or error.value != MISSING:
+            raise
+        return _load([*words, f"{error.field}=[any]"], config_dir)
+
+
 def quick(config: Config) -> list[Line]:
     """What one process finds out about this machine in a second or two, W&B included. Imports no torch."""
     environ = dict(os.environ)
@@ -74,13 +87,21 @@ def _machine(config: Config, environ: Mapping[str, str], place: Place | None, po
         nodes=place.world_size // local_ranks if place else 1, device=device, wandb=config.launch.wandb, package=_PACKAGE,
     )  # fmt: skip
     yield from software.check(config)
-    yield from machine.check(config, local_ranks, rdma)
-    yield _port(port, place)
+    yield from _guarded("software", "limits", lambda: machine.check(config, local_ranks, rdma))
+    yield from _guarded("software", "port", lambda: [_port(port, place)])
     yield from variables.check(environ, situation)
-    yield from storage.check(config, local_ranks)
+    yield from _guarded("storage", "storage", lambda: storage.check(config, local_ranks))
     yield from gpus.check(config, seen)
-    yield from network.check_devices(config, nodes)
+    yield from _guarded("machine", "network", lambda: network.check_devices(config, nodes))
     yield from network.check_wandb(config, environ, timeout_s=_WANDB_S[hurried])
+
+
+def _guarded(kind: str, check: str, find: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+    """What the system refuses to tell is one line, and no end of all others."""
+    try:
+        yield from find()
+    except OSError as error:
+        yield warn(kind, check, f"cannot be looked at: {error}", "is this process allowed to? id")
 
 
 def _port(port: int | None, place: Place | None) -> Line:

@@ -184,8 +184,10 @@ def _columns(text: str) -> int:
 
 
 def gigabytes(num_bytes: float) -> str:
-    """1e9 bytes: 66.8 GB, 0.012 GB."""
+    """1e9 bytes, and 1e12 from a thousand on: 66.8 GB, 0.012 GB, 8.19 TB."""
     value = num_bytes / 1e9
+    if value >= 999.5:
+        return f"{value / 1e3:.3g} TB"
     return f"{value:.0f} GB" if value >= 100 else f"{value:.1f} GB" if value >= 1 else f"{value:.3f} GB"
 
 

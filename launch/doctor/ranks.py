@@ -165,11 +165,12 @@ def bandwidths(cluster: ClusterConfig, device: torch.device, members: Sequence[M
         if times:
             lines.append(_rate_line(cluster, f"all-to-all {where}", times[-1][0] / times[-1][1] / 1e9, expected[kind], f"{kind}_node"))
     nodes = len({m.node for m in members})
-    slowest = expected["intra"] if nodes == 1 else min(expected["intra"], expected["inter"] * len(members) / nodes)  # a ring uses all NICs
+    limits = {"intra": expected["intra"]} | ({"inter": expected["inter"] * len(members) / nodes} if nodes > 1 else {})  # rings use all NICs
+    slowest = min(limits, key=lambda kind: limits[kind])
     total = torch.zeros(4 * size, dtype=torch.uint8, device=device).view(torch.float32)
     seconds = links.median(lambda: dist.all_reduce(total), device, dist.group.WORLD)
     reached = 2 * (len(members) - 1) / len(members) * total.nbytes / seconds / 1e9
-    lines.append(_rate_line(cluster, "all-reduce", reached, slowest, "intra_node" if nodes == 1 else "inter_node"))
+    lines.append(_rate_line(cluster, "all-reduce", reached, limits[slowest], f"{slowest}_node"))
     return lines
 
 

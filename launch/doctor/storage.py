@@ -72,7 +72,7 @@ def _inodes(config: Config, run_dir: Path, stat: Callable) -> Line:
 def _writing(check: str, setting: str, path: Path) -> Line:
     """A file is created, flushed, renamed and removed, in the folder or the nearest above it."""
     folder = nearest_there(path)
-    where = folder if Path(folder) == path.expanduser().absolute() else f"{folder} (there is no {path} yet)"
+    where = folder if Path(folder) == path.expanduser().absolute() else f"{folder} (no {path} yet)"
     new = os.path.join(folder, f".shoestring-doctor-{socket.gethostname()}-{os.getpid()}")
     began = time.monotonic()
     try:
@@ -83,7 +83,7 @@ def _writing(check: str, setting: str, path: Path) -> Line:
     seconds = time.monotonic() - began
     if seconds > _SLOW_S:
         return warn(KIND, check, f"{where}: one small file took {seconds:.1f} s", f"is the disk or the mount overloaded? df -h {folder}")
-    return ok(KIND, check, f"{where}: created, flushed, renamed, removed in {1e3 * seconds:.0f} ms")
+    return ok(KIND, check, f"{where}: a file came and went in {1e3 * seconds:.0f} ms")
 
 
 def _write(new: str) -> None:
