@@ -1,6 +1,6 @@
 """What only ranks together can find out: versions and clocks that differ, a run directory that not all nodes see, links that are slow.
 
-Every function here is called by all ranks of a world that has been joined, but those that say so. Bytes are those that leave a rank.
+What measures is called by all ranks of a world that has been joined; what judges is pure. Bytes are those that leave a rank.
 
     pairs of 4 ranks, in 3 rounds, all pairs of a round at once:   0-3 1-2 | 3-2 0-1 | 2-1 3-0 ...  each pair once
 """
@@ -25,9 +25,13 @@ CLOCK_S = {WARN: 0.5, FAIL: 5.0}  # off by more
 _EVERY_PAIR = 64  # ranks up to which every pair is tried; above, those of a node, and those of equal place on two nodes
 _FEW = 3  # links of a kind, below which none is compared with the others
 _SLOW = 0.5  # of the median link's rate
-_MOST_AGAIN = 16  # slow links that are tried once more, alone
+_MOST_AGAIN, _TIMES_AGAIN = 16, 3  # slow links that are tried again, alone; the best counts: others may have been busy
 _REACHED = {WARN: 0.7, FAIL: 0.4}  # of the rate that the cluster's file leads to expect
 _LINKS = {"intra": "inside nodes", "inter": "between nodes"}
+_LOOK_AT = {
+    "intra": "nvidia-smi topo -m; nvidia-smi nvlink -s",
+    "inter": "ibstat and ib_write_bw on these hosts; their cables and switch ports",
+}
 
 Pair = tuple[int, int]
 
@@ -72,7 +76,7 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 
 def versions(members: Sequence[Member]) -> list[Line]:
-    """Alone."""
+    """A failure for each that is not the same on all ranks."""
     names = list(dict.fromkeys(name for member in members for name in member.versions))
     differ = []
     for name in names:
@@ -181,9 +185,7 @@ def _rate_line(cluster: ClusterConfig, check: str, reached: float, expected: flo
         return ok(KIND, check, value)
     if cluster.device.startswith("CPU"):
         return warn(KIND, check, value, "shoestring bench fabric name=mine measures this machine: cluster=mine")
-    do = "NCCL_DEBUG=INFO shows which network NCCL takes; " + (
-        "nvidia-smi topo -m; nvidia-smi nvlink -s" if field == "intra_node" else "ibstat; ib_write_bw between the hosts"
-    )
+    do = f"NCCL_DEBUG=INFO shows which network NCCL takes; {_LOOK_AT[field.removesuffix('_node')]}"
     return Line(kind=KIND, check=check, state=FAIL if reached < _REACHED[FAIL] * expected else WARN, value=value, advice=do)
 
 
@@ -191,21 +193,21 @@ def _rate_line(cluster: ClusterConfig, check: str, reached: float, expected: flo
 
 
 def pairs(cluster: ClusterConfig, device: torch.device, members: Sequence[Member]) -> list[Line]:
-    """Messages there and back over every link, all links of a round at once; those that are slow once more, alone, and named if they still
-    are."""
+    """Messages there and back over every link, all links of a round at once; those that are slow again, alone, as the median link is,
+    and named if they still are."""
     size = 1 << (24 if device.type == "cuda" else 20)
     nodes: dict[int, list[int]] = {}
     for m in members:
         nodes.setdefault(m.node, []).append(m.rank)
     every = (pair for together in rounds(list(nodes.values())) for pair in together)
     seconds = _gathered({pair: took for pair in every if (took := links.echo(pair, size, device))})
-    suspects = [[*slow_links(seconds, members)][:_MOST_AGAIN] if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(suspects, src=0)
-    again = {}
-    for pair in suspects[0]:
+    suspects = [*slow_links(seconds, members)][:_MOST_AGAIN]
+    suspects += dict.fromkeys(usual(seconds, members, _kind(pair, members)) for pair in suspects)
+    again: dict[Pair, float] = {}
+    for pair in suspects * _TIMES_AGAIN:
         dist.barrier()
         if took := links.echo(pair, size, device):
-            again[pair] = took
+            again[pair] = min(took, again.get(pair, took))
     again = _gathered(again)
     return list(_pair_lines(cluster, seconds, again, members, size)) if dist.get_rank() == 0 else []
 
@@ -234,12 +236,18 @@ def tournament(ranks: Sequence[int]) -> Iterator[list[Pair]]:
 
 
 def slow_links(seconds: Mapping[Pair, float], members: Sequence[Member]) -> Iterator[Pair]:
-    """Alone. Those well under the median of their kind, the slowest first."""
+    """Those well under the median of their kind, the slowest first."""
     for kind in _LINKS:
         of_kind = {pair: took for pair, took in seconds.items() if _kind(pair, members) == kind}
         if len(of_kind) >= _FEW:
             limit = statistics.median(of_kind.values()) / _SLOW
             yield from sorted((pair for pair, took in of_kind.items() if took > limit), key=lambda pair: -of_kind[pair])
+
+
+def usual(seconds: Mapping[Pair, float], members: Sequence[Member], kind: str) -> Pair:
+    """The median link of a kind."""
+    of_kind = sorted((took, pair) for pair, took in seconds.items() if _kind(pair, members) == kind)
+    return of_kind[(len(of_kind) - 1) // 2][1]
 
 
 def _kind(pair: Pair, members: Sequence[Member]) -> str:
@@ -264,7 +272,8 @@ def _pair_lines(
         if not of_kind:
             continue
         median = statistics.median(of_kind.values())
-        still = {pair: again[pair] for pair in of_kind if pair in again and again[pair] > median / _SLOW}
+        limit = max(median, again.get(usual(seconds, members, kind), 0.0)) / _SLOW  # the machine may have got busier meanwhile
+        still = {pair: again[pair] for pair in of_kind if pair in again and again[pair] > limit}
         rate = lambda took: f"{size / took / 1e9:.3g} GB/s"
         best, worst = min(of_kind.values()), max(took for pair, took in of_kind.items() if pair not in still)
         value = f"{len(of_kind)} tried, {rate(worst)} to {rate(best)}, median {rate(median)}"
@@ -272,8 +281,7 @@ def _pair_lines(
             yield ok(KIND, f"links {where}", value)
             continue
         named = some(f"{members[a]} - {members[b]} {rate(took)}" for (a, b), took in sorted(still.items(), key=lambda item: -item[1]))
-        between = "ibstat and ib_write_bw on these hosts; their cables and switch ports"
-        do = "nvidia-smi topo -m; nvidia-smi nvlink -s" if kind == "intra" else between
+        do = "uptime: who else uses these cores?" if cluster.device.startswith("CPU") else _LOOK_AT[kind]
         if common := _common(still):
             do = f"all of them end at {members[common[0]]}; {do}"
         yield make(KIND, f"links {where}", f"slow: {named}; the others have {rate(median)}", do)
