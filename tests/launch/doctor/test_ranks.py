@@ -148,6 +148,27 @@ def test_clocks_that_are_off(world_size, off, state, said):
     assert lines[0].value.count("rank ") == (0 if state == "ok" else 1)
 
 
+def bounded(late: int, off: float) -> tuple:
+    """On one of three ranks: the offsets from rank 0 and their bounds, where one rank enters each second exchange late."""
+    stamps, times = ranks._stamps, []
+
+    def slowly(moment):
+        times.append(moment)
+        if dist.get_rank() == late and len(times) % 2 == 0:
+            time.sleep(0.02)
+        return stamps(moment)
+
+    ranks._stamps, ranks._clock_line = slowly, lambda members, offsets, bounds: (offsets, bounds)
+    return ranks.clocks(members(3, 1), lambda: time.time() + off * (dist.get_rank() == 2))
+
+
+@pytest.mark.parametrize(("late", "off"), [(2, 0.0), (0, 3.0)])
+def test_the_truth_is_within_the_bound(late, off):
+    offsets, bounds = fork_ranks(3, bounded, late, off)[0]
+    assert all(abs(offset - truth) <= bound for offset, bound, truth in zip(offsets, bounds, [0.0, 0.0, off]))
+    assert max(bounds) > 0.009  # it cannot be known better
+
+
 def test_clocks_that_could_not_be_told():
     line = ranks._clock_line(members(3), [0.0, 0.9, 0.0], [0.0, 1.0, 0.01])
     assert line.state == "warn" and "± 1.000 s only" in line.value
