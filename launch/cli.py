@@ -307,6 +307,19 @@ def _bench(args: argparse.Namespace) -> int:
     return _call("shoestring.launch.bench.command:kernels", **options)
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--json", dest="as_json", action="store_true", help="every line as JSON")
+    parser.add_argument("--quick", dest="only_quick", action="store_true", help="only what takes a second or two and needs no other rank")
+    parser.add_argument("--port", type=int, metavar="N", help="that ranks will meet at (default: 29400)")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    environment.prepare(threads=1)
+    options = {key: getattr(args, key) for key in ("as_json", "only_quick", "port")}
+    return _call("shoestring.launch.doctor.command:main", args.overrides, args.config_dir, **options)
+
+
 COMMANDS = {
     "train": Command(
         help="train a model, or go on with a run that was stopped",
@@ -368,6 +381,16 @@ COMMANDS = {
             "shoestring plan model=deepseek_v3 cluster=h800 precision=fp8 gpus=2048 tokens=14.8e12",
             "shoestring plan experiment=deepseek_v3 precision=fp8 gpus=auto deadline_days=90",
             "shoestring plan experiment=deepseek_v3 parallel.schedule=1f1b search=false         this layout, whatever there is beside it",
+        ),
+    ),
+    "doctor": Command(
+        help="what is wrong with this node or fabric, before money is spent",
+        arguments=_doctor_arguments,
+        run=_doctor,
+        examples=(
+            "shoestring doctor experiment=deepseek_v3                      this machine, and a few ranks on it",
+            "shoestring doctor experiment=tiny --quick                     a second",
+            "torchrun --nnodes 4 --nproc-per-node 8 ... --no-python shoestring doctor experiment=deepseek_v3    on every node: the fabric",
         ),
     ),
     "launch": Command(

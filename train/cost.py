@@ -272,6 +272,18 @@ def _masters_and_moments(config: Config, owned: int, by_muon: int) -> int:
     return main_width * (owned * own_masters + by_muon) + 2 * moment_width * (owned - by_muon)
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Of all its elements: masters, moments, the average of the weights. Once each, whatever the layout: nothing is saved twice."""
+    m, o, compute = config.model, config.optim, config.precision.compute
+    params = num_params(m).trained
+    by_muon = 0
+    if o.algorithm == "muon":
+        blocks = [block_params(m, layer) for layer in range(m.num_blocks)]
+        by_muon = sum(b.total - b.router - b.norms for b in blocks)
+    main_width, moment_width = max(4, ELEMENT_BYTES[compute]), ELEMENT_BYTES[o.moment_precision(compute)]
+    return main_width * (params * (1 + bool(o.ema_decay)) + by_muon) + 2 * moment_width * (params - by_muon)
+
+
 # ---------------------------------------------------------------- utilisation and money
 
 

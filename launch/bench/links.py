@@ -43,7 +43,7 @@ def _measure(device: torch.device, name: str, parts: list[list[int]], sizes: Seq
         return Links()
     group, ranks = world.part(name, parts), parts[0]
     among_all = [((len(ranks) - 1) * size, _exchange(group, size, device)) for size in sizes]
-    to_one = [(size, seconds) for size in sizes if (seconds := _echo(ranks[:2], size, device)) is not None]
+    to_one = [(size, seconds) for size in sizes if (seconds := echo(ranks[:2], size, device)) is not None]
     found: list[Times] = [to_one]
     dist.broadcast_object_list(found, src=ranks[0])
     dist.destroy_process_group(group)
@@ -53,10 +53,10 @@ def _measure(device: torch.device, name: str, parts: list[list[int]], sizes: Seq
 def _exchange(group: dist.ProcessGroup, size: int, device: torch.device) -> float:
     sent = torch.zeros(group.size() * size, dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
-    return _median(lambda: dist.all_to_all_single(received, sent, group=group), device, group)
+    return median(lambda: dist.all_to_all_single(received, sent, group=group), device, group)
 
 
-def _echo(pair: Sequence[int], size: int, device: torch.device) -> float | None:
+def echo(pair: Sequence[int], size: int, device: torch.device) -> float | None:
     """Half of the time to the other and back; None on ranks that look on."""
     if (rank := dist.get_rank()) not in pair:
         return None
@@ -67,10 +67,10 @@ def _echo(pair: Sequence[int], size: int, device: torch.device) -> float | None:
         for send in (first, not first):
             (dist.send if send else dist.recv)(buffer, other)
 
-    return _median(there_and_back, device) / 2
+    return median(there_and_back, device) / 2
 
 
-def _median(call: Callable[[], object], device: torch.device, group: dist.ProcessGroup | None = None) -> float:
+def median(call: Callable[[], object], device: torch.device, group: dist.ProcessGroup | None = None) -> float:
     """Of seconds; those of the slowest rank where a group takes part."""
     taken = []
     for _ in range(REPEATS + 1):
@@ -81,10 +81,10 @@ def _median(call: Callable[[], object], device: torch.device, group: dist.Proces
         call()
         _sync(device)
         taken.append(time.perf_counter() - began)
-    median = torch.tensor([statistics.median(taken[1:])], dtype=torch.float64, device=device)
+    found = torch.tensor([statistics.median(taken[1:])], dtype=torch.float64, device=device)
     if group is not None:
-        dist.all_reduce(median, dist.ReduceOp.MAX, group=group)
-    return median.item()
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return found.item()
 
 
 def _sync(device: torch.device) -> None:
@@ -101,8 +101,8 @@ def beside(device: torch.device, *, size: int = 1 << 22, dim: int | None = None)
     a = torch.ones(dim, dim, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     sent = torch.zeros(dist.get_world_size() * size, dtype=torch.uint8, device=device)
     received, everybody = torch.empty_like(sent), dist.group.WORLD
-    one = _median(lambda: torch.mm(a, a), device, everybody)
-    exchange = _median(lambda: dist.all_to_all_single(received, sent), device, everybody)
+    one = median(lambda: torch.mm(a, a), device, everybody)
+    exchange = median(lambda: dist.all_to_all_single(received, sent), device, everybody)
     times = max(1, round(exchange / one))
     ends: list[tuple[float, float]] = []
 
@@ -118,6 +118,6 @@ def beside(device: torch.device, *, size: int = 1 << 22, dim: int | None = None)
         _sync(device)
         ends.append((computed, time.perf_counter() - began))
 
-    _median(both, device, everybody)
+    median(both, device, everybody)
     computed, exchanged = (statistics.median(column) for column in zip(*ends[1:]))
     return min(1.0, times * one / computed), min(1.0, exchange / exchanged)

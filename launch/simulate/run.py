@@ -87,6 +87,4 @@ def checkpoint_seconds(config: Config) -> float:
     """That a step waits for one."""
     if config.checkpoint.async_save:
         return 0.0
-    params = cost.num_params(config.model).trained
-    moment = cost.ELEMENT_BYTES[config.optim.moment_precision(config.precision.compute)]
-    return params * (4 + 2 * moment) / cost.num_devices(config) / (config.cluster.checkpoint_gb_s * 1e9)
+    return cost.checkpoint_bytes(config) / cost.num_devices(config) / (config.cluster.checkpoint_gb_s * 1e9)

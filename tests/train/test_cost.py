@@ -256,7 +256,7 @@ def test_state_bytes_of_the_published_layout():
     ],
 )  # fmt: skip
 def test_state_bytes_are_those_of_live_tensors(words):
-    """Of one process, which owns everything; each storage counts once, and padding is below 1 %."""
+    """Of one process, which owns everything; each storage counts once, and padding is below 1 %. Likewise what a checkpoint holds."""
     config = load(["data=synthetic", "model.mtp_depth=1", *words.split()])
     m = config.model
     state = cost.rank_state_bytes(config, layers=range(m.num_blocks), embedding=True, head=True)
@@ -269,9 +269,11 @@ def test_state_bytes_are_those_of_live_tensors(words):
         kept = storages(c.data for c in engine.optimizer.state().values())
         travelling = [t for p in getattr(engine.optimizer, "_pieces", ()) for t in (p.grad_there, p.weights_there) if t is not None]
         rest = {k: n for k, n in (kept | storages(travelling)).items() if k not in weights and k not in grads}
-        return [sum(part.values()) for part in (weights, grads, rest)]
+        saved = sum(chunk.data.nbytes for chunk in engine.chunks(saving=True).values())
+        return [*(sum(part.values()) for part in (weights, grads, rest)), saved]
 
-    ((weights, grads, rest),) = fork_ranks(1, live)
+    ((weights, grads, rest, saved),) = fork_ranks(1, live)
+    assert saved == pytest.approx(cost.checkpoint_bytes(config), rel=0.001)
     assert weights == pytest.approx(state.weights, rel=0.01) and grads == pytest.approx(state.main_grads, rel=0.01)
     assert rest == pytest.approx(state.optimizer + state.host, rel=0.01)
     if config.optim.offload:
