@@ -206,6 +206,19 @@ def _report(args: argparse.Namespace) -> None:
     print(_call("shoestring.launch.report:write_report", args.run_dir))
 
 
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="DIR", help="folders with runs in and below them (default: runs); or: compare A B")
+    parser.add_argument("--sort", metavar="FIELD", help="such as loss, dollars, updated or state (default: path)")
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--csv", dest="csv_path", type=Path, metavar="FILE", help="write everything as CSV; - is the console")
+    parser.add_argument("--json", dest="json_out", action="store_true", help="print everything as JSON")
+    parser.add_argument("--html", dest="html_path", type=Path, metavar="FILE", help="of a comparison: write both curves as a page")
+
+
+def _runs(args: argparse.Namespace) -> None:
+    _call("shoestring.launch.runs.command:main", **{key: value for key, value in vars(args).items() if key != "command"})
+
+
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="a run directory, a checkpoint, or a Hugging Face folder")
     parser.add_argument("prompt", nargs="?", default="", help="the text to go on from (default: the begin of a document)")
@@ -411,6 +424,16 @@ COMMANDS = {
         arguments=_report_arguments,
         run=_report,
         examples=("shoestring report runs/tiny",),
+    ),
+    "runs": Command(
+        help="list the runs on this disk with their state, loss, speed and cost; or compare two",
+        arguments=_runs_arguments,
+        run=_runs,
+        examples=(
+            "shoestring runs --sort loss",
+            "shoestring runs runs/sweep --csv runs.csv",
+            "shoestring runs compare runs/a runs/b --html compare.html",
+        ),
     ),
     "sample": Command(
         help="let a trained model write text",
