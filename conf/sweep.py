@@ -59,7 +59,7 @@ def sweep(words: Sequence[str], config_dir: str | Path | None = None) -> list[Jo
     jobs = []
     for number, (own, all_words, found) in enumerate(told):
         if isinstance(found, DictConfig):
-            all_words = [*all_words, *_moved(found, name=names[number], run_dir=dirs[number])]
+            all_words = _moved(all_words, found, name=names[number], run_dir=dirs[number])
             found = _try(finish, found)
         config, error = (found, None) if isinstance(found, Config) else (None, found)
         jobs.append(Job(number=number, own=tuple(own), words=tuple(all_words), config=config, error=error))
@@ -152,11 +152,11 @@ def _refuse_shared(dirs: Sequence[str]) -> None:
             raise ConfigError("run_dir", path, rule)
 
 
-def _moved(composed: DictConfig, **places: str) -> list[str]:
-    """Sets the places of a job; the words that do so."""
-    words = []
+def _moved(words: Sequence[str], composed: DictConfig, **places: str) -> list[str]:
+    """Sets the places of a job; its words with them."""
+    moved = {}
     for field, place in places.items():
         if _text(composed, field) not in ("", place):
             composed[field] = place
-            words.append(f"{field}={QuotedString(text=place, quote=Quote.single).with_quotes()}")
-    return words
+            moved[field] = f"{field}={QuotedString(text=place, quote=Quote.single).with_quotes()}"
+    return [*(word for word in words if parse(word).key_or_group not in moved), *moved.values()]
