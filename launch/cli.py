@@ -246,7 +246,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs(args: argparse.Namespace) -> None:
-    _call("shoestring.launch.runs.command:main", **{key: value for key, value in vars(args).items() if key != "command"})
+    _call("shoestring.launch.overview.command:main", **{key: value for key, value in vars(args).items() if key != "command"})
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:

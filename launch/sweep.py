@@ -15,8 +15,8 @@ from ..conf.errors import ConfigError
 from ..conf.sweep import Job
 from ..train import units
 from . import environment, exit_codes
+from .overview import read, table
 from .ranks import end_with
-from .runs import read, table
 from .validate import validate
 
 _NOT_STARTED = "–"

@@ -14,8 +14,8 @@ import pytest
 from shoestring.conf.compose import load, to_yaml
 from shoestring.conf.errors import ConfigError
 from shoestring.launch import cli, exit_codes, last_try, lease
-from shoestring.launch.runs import read, table
-from shoestring.launch.runs.read import Row
+from shoestring.launch.overview import read, table
+from shoestring.launch.overview.read import Row
 from shoestring.train import metrics
 from shoestring.train.metrics import StepRecord
 

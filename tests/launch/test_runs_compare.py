@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from shoestring.conf.compose import load, to_yaml
 from shoestring.conf.errors import ConfigError
 from shoestring.launch import cli, exit_codes
-from shoestring.launch.runs import compare
-from shoestring.launch.runs.compare import Reached, Side
+from shoestring.launch.overview import compare
+from shoestring.launch.overview.compare import Reached, Side
 from shoestring.train import metrics
 from shoestring.train.metrics import StepRecord
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from shoestring.conf.compose import load
 from shoestring.launch import cli, exit_codes, lease
-from shoestring.launch.runs import read
+from shoestring.launch.overview import read
 from shoestring.train.metrics import read_records
 
 TINY = [
