@@ -56,7 +56,7 @@ def _losses(key: str, title: str, subtitle: str, axis: dict, a: Side, b: Side, x
 
 def _text(text: str) -> str:
     """Plotly takes tags in a legend for its own."""
-    return html.escape(text)
+    return html.escape(text, quote=False)
 
 
 def _at(records: Sequence[StepRecord], x: Callable[[StepRecord], float | None]) -> dict:
