@@ -30,17 +30,32 @@ def load(overrides: Sequence[str] = (), config_dir: str | Path | None = None) ->
     `config_dir` is a folder with groups or experiments of your own, searched after the package's.
     Raises ConfigError for an unknown key (naming the nearest known one), group, type, missing value or broken rule.
     """
-    return _finish(compose(overrides, config_dir))
+    return finish(compose(overrides, config_dir))
 
 
 def load_saved(path: str | Path) -> Config:
     """The configuration that a run wrote to its directory. Raises ConfigError as `load` does."""
     try:
-        return _finish(OmegaConf.merge(_defaults(), OmegaConf.load(path)))
+        return finish(OmegaConf.merge(_defaults(), OmegaConf.load(path)))
     except OSError as error:
         raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise _yaml_error(error) from None
+
+
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """What a run wrote to its directory, as it stands there: nothing is checked, and keys of other versions stay. Raises ConfigError."""
+    try:
+        tree = yaml.load(Path(path).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise _yaml_error(error) from None
+    except (ValueError, RecursionError) as error:  # a number that is none, brackets without end
+        raise ConfigError("config", str(path), f"is not YAML: {type(error).__name__}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("config", str(path), "holds no settings")
+    return tree
 
 
 def to_yaml(config: Config) -> str:
@@ -74,7 +89,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         raise _hydra_error(error, overrides) from None
 
 
-def _finish(composed: DictConfig) -> Config:
+def finish(composed: DictConfig) -> Config:
+    """Typed, checked and frozen, what `compose` gave. Raises ConfigError."""
     try:
         tree = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
@@ -119,8 +135,17 @@ def _packaged(tree: Any) -> Any:
 
 
 def _groups(config_dir: str | Path | None) -> list[str]:
-    folders = [resources.files(__package__), *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
-    return sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")})
+    return sorted({entry.name for folder in _folders(config_dir) for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "_"})
+
+
+def choices(group: str, config_dir: str | Path | None) -> list[str]:
+    """The files of a group, by name; none where there is no such group."""
+    found = [folder / group for folder in _folders(config_dir) if (folder / group).is_dir()]
+    return sorted({entry.name.removesuffix(".yaml") for folder in found for entry in folder.iterdir() if entry.name.endswith(".yaml")})
+
+
+def _folders(config_dir: str | Path | None) -> list:
+    return [resources.files(__package__), *([Path(config_dir)] if config_dir and Path(config_dir).is_dir() else [])]
 
 
 # ---------------------------------------------------------------- words
@@ -146,15 +171,23 @@ def _words(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]
     return words
 
 
-def _parse(word: str) -> Override:
+def parse(word: str) -> Override:
+    """As Hydra reads a word, which may have several values. Raises ConfigError for one that is not KEY=VALUE."""
     try:
         parsed = OverridesParser.create().parse_override(word)
     except HydraException:
         raise ConfigError("command line", word, "is not KEY=VALUE; quote a value with spaces or commas: 'key=\"a, b\"'") from None
     if not parsed.key_or_group:
         raise ConfigError("command line", word, "is not KEY=VALUE: there is no key")
+    return parsed
+
+
+def _parse(word: str) -> Override:
+    """Likewise, of one value."""
+    parsed = parse(word)
     if parsed.is_sweep_override():
-        raise ConfigError(parsed.key_or_group, word.partition("=")[2], "is several values; a list is written [a,b]")
+        rule = "is several values; a list is written [a,b], and --multirun trains with one after the other"
+        raise ConfigError(parsed.key_or_group, word.partition("=")[2], rule)
     return parsed
 
 

@@ -15,6 +15,9 @@ from typing import Any
 
 from .. import __version__
 from ..conf.compose import load, to_yaml
+from ..conf.errors import ConfigError, closest
+from ..conf.schema import Config
+from ..conf.sweep import sweep
 from . import environment, exit_codes
 
 _OVERRIDES = "settings such as model=small, optim.lr=3e-4 or experiment=tiny"
@@ -101,20 +104,47 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration instead of training")
+    parser.add_argument("-m", "--multirun", action="store_true", help="words may have several values: a run for each combination of them")
+    parser.add_argument("--job", type=int, metavar="I", help="of --multirun, only this one, from 0 on: for arrays of jobs")
 
 
 def _train(args: argparse.Namespace) -> int | None:
-    config = load(args.overrides, args.config_dir)
+    if args.multirun:
+        return _multirun(args)
+    if args.job is not None:
+        raise ConfigError("--job", args.job, "is one of several: give --multirun")
+    return _train_one(load(args.overrides, args.config_dir), args.overrides, args)
+
+
+def _train_one(config: Config, words: Sequence[str], args: argparse.Namespace) -> int | None:
     if args.cfg:
         print(to_yaml(config), end="")
         return None
     environment.prepare(config.launch.threads)
-    return _call("shoestring.launch.launcher:train", config, environment.command(_words(args)))
+    return _call("shoestring.launch.launcher:train", config, environment.command([*words, *_config_dir(args)]))
 
 
-def _words(args: argparse.Namespace) -> list[str]:
-    """The words of a command that made its configuration."""
-    return [*args.overrides, *(["--config-dir", args.config_dir] if args.config_dir else [])]
+def _multirun(args: argparse.Namespace) -> int | None:
+    jobs = sweep(args.overrides, args.config_dir)
+    if args.job is not None:
+        if not 0 <= args.job < len(jobs):
+            raise ConfigError("--job", args.job, f"there are jobs 0 to {len(jobs) - 1}", closest(args.job, range(len(jobs))))
+        job = jobs[args.job]
+        if job.error:
+            raise job.error
+        return _train_one(job.config, job.words, args)
+    if args.cfg:
+        for job in jobs:
+            print(f"# {job}\n{to_yaml(job.config) if job.config else f'# error: {job.error}'}\n---")
+        return exit_codes.CONFIG if any(job.error for job in jobs) else None
+    if environment.Place.from_environment():
+        raise ConfigError("--multirun", True, "starts the ranks of one job after the other itself: under torchrun, choose one with --job I")
+    environment.prepare(threads=1)
+    return _call("shoestring.launch.sweep:run", jobs, _config_dir(args))
+
+
+def _config_dir(args: argparse.Namespace) -> list[str]:
+    return ["--config-dir", args.config_dir] if args.config_dir else []
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +236,19 @@ def _report(args: argparse.Namespace) -> None:
     print(_call("shoestring.launch.report:write_report", args.run_dir))
 
 
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="DIR", help="folders with runs in and below them (default: runs); or: compare A B")
+    parser.add_argument("--sort", metavar="FIELD", help="such as loss, dollars, updated or state (default: path)")
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--csv", dest="csv_path", type=Path, metavar="FILE", help="write everything as CSV; - is the console")
+    parser.add_argument("--json", dest="json_out", action="store_true", help="print everything as JSON")
+    parser.add_argument("--html", dest="html_path", type=Path, metavar="FILE", help="of a comparison: write both curves as a page")
+
+
+def _runs(args: argparse.Namespace) -> None:
+    _call("shoestring.launch.overview.command:main", **{key: value for key, value in vars(args).items() if key != "command"})
+
+
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="a run directory, a checkpoint, or a Hugging Face folder")
     parser.add_argument("prompt", nargs="?", default="", help="the text to go on from (default: the begin of a document)")
@@ -254,13 +297,15 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=(
         "launch=local (default), torchrun, slurm, k8s; plan=FILE as `shoestring plan` wrote it, number=1; and " + _OVERRIDES))  # fmt: skip
     parser.add_argument("--config-dir", metavar="DIR", help="a folder with groups or experiments of your own")
+    parser.add_argument("-m", "--multirun", action="store_true", help="words may have several values: a run for each combination of them")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be sent or run")
     parser.add_argument("--detach", action="store_true", help="under Slurm: do not follow the job")
 
 
 def _launch(args: argparse.Namespace) -> int | None:
     environment.prepare(threads=1)
-    return _call("shoestring.launch.jobs.command:main", args.overrides, args.config_dir, dry_run=args.dry_run, detach=args.detach)
+    options = {"multirun": args.multirun, "dry_run": args.dry_run, "detach": args.detach}
+    return _call("shoestring.launch.jobs.command:main", args.overrides, args.config_dir, **options)
 
 
 def _rehearse_arguments(parser: argparse.ArgumentParser) -> None:
@@ -329,6 +374,7 @@ COMMANDS = {
             "shoestring train experiment=tiny                              four processes on this machine, a minute",
             "shoestring train experiment=tiny model=small parallel.ep=4    the same with another model and layout",
             "shoestring train experiment=tiny --cfg job                    print every setting, train nothing",
+            "shoestring train --multirun experiment=tiny optim.lr=1e-3,3e-4 parallel.ep=1,2          four runs, one after the other",
             "torchrun --nproc-per-node 8 -m shoestring.train ...           as ranks that torchrun starts",
         ),
     ),
@@ -441,6 +487,16 @@ COMMANDS = {
         arguments=_report_arguments,
         run=_report,
         examples=("shoestring report runs/tiny",),
+    ),
+    "runs": Command(
+        help="list the runs on this disk with their state, loss, speed and cost; or compare two",
+        arguments=_runs_arguments,
+        run=_runs,
+        examples=(
+            "shoestring runs --sort loss",
+            "shoestring runs runs/sweep --csv runs.csv",
+            "shoestring runs compare runs/a runs/b --html compare.html",
+        ),
     ),
     "sample": Command(
         help="let a trained model write text",

@@ -21,7 +21,7 @@ from ..conf import rules
 from ..conf.errors import ConfigError, closest, divisors
 from ..conf.phases import phases
 from ..conf.schema import Config
-from . import environment, exit_codes, lease
+from . import environment, exit_codes, last_try, lease
 from .environment import Place
 from .validate import validate
 
@@ -102,8 +102,9 @@ def run_rank(config: Config, place: Place, run: Callable[..., int], command: Seq
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for it: `python -m shoestring.launch.elastic` in torchrun's place does so",
             flush=True,
         )
-    with lease.held(Path(config.run_dir), session=environment.session()):
-        return ended.write(run(config, place, command))
+    run_dir = Path(config.run_dir)
+    with lease.held(run_dir, session=environment.session()):
+        return ended.write(last_try.recorded(run_dir, lambda: run(config, place, command)))
 
 
 class _Ended:

@@ -120,6 +120,11 @@ def prepare_launch(run_on_cpu: bool) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here; the host's own name need not resolve
 
 
+def of_a_job() -> dict[str, str]:
+    """For a command of ours that this process is about to start."""
+    return os.environ | {"PYTHONSAFEPATH": "1"}
+
+
 def become_rank(rank: int, world_size: int, store_port: int) -> None:
     """This process is a rank on this machine; its launcher has the store that they meet over."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": store_port}

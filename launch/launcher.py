@@ -18,7 +18,7 @@ from typing import Any
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
-from . import device, elastic, environment, exit_codes, lease
+from . import device, elastic, environment, exit_codes, last_try, lease
 from .cause import Ending
 from .ranks import Ranks, Try
 from .validate import validate
@@ -48,8 +48,9 @@ def train(config: Config, command: Sequence[str]) -> int:
     environment.tell_deepspeed(kind)
     if place:
         return elastic.run_rank(config, place, pkgutil.resolve_name(f"{_WORKER}:run"), command)
-    with lease.held(Path(config.run_dir)):
-        return here(config, kind, command)
+    run_dir = Path(config.run_dir)
+    with lease.held(run_dir):
+        return last_try.recorded(run_dir, lambda: here(config, kind, command))
 
 
 def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
@@ -57,9 +58,10 @@ def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
 
     `kind`: cpu or cuda. `args` go to `worker.run_launched` beside `command`, such as another `train`.
     """
-    in_a_row = 0
+    in_a_row, run_dir = 0, Path(config.run_dir)
     with _forwarding() as state:
         while True:
+            last_try.clear(run_dir)
             done = _steps_done(config)
             world_size = phase_at(config, done).config.parallel.world_size
             if world_size == 1:
@@ -72,6 +74,7 @@ def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
                 return exit_codes.INTERRUPTED
             if ending.code != exit_codes.OTHER_SIZE and (world_size == 1 or state.asked or not _worth_another(ending)):
                 _say(ending)
+                last_try.note(run_dir, ending.code, ending.what)
                 return ending.code
             if config.checkpoint.resume == "never":
                 config = replaced(config, "checkpoint.resume", "auto")  # from what this session has saved
@@ -81,7 +84,9 @@ def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
                 most = config.launch.max_restarts
                 if not most or in_a_row > most or (config.train.stop_after and now - done >= config.train.stop_after):
                     _say(ending)
+                    last_try.note(run_dir, ending.code, ending.what)
                     return ending.code
+                last_try.note(run_dir, ending.code, ending.what, again=True)
                 _say_restart(config, ending, in_a_row, now)
                 state.sleep(_BACK_OFF_S[min(max(in_a_row, 1), len(_BACK_OFF_S)) - 1])
             if config.train.stop_after:

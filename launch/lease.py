@@ -78,6 +78,19 @@ def held(
         os.close(file)  # and with it the lock, unless a rank is still there
 
 
+def owner(run_dir: Path, *, stale_s: float = STALE_S) -> Owner | None:
+    """Who has the run directory, without asking for it: None where nobody has, or its process is gone. Of one on another machine, whether
+    it has renewed its lease in the last `stale_s`, as far as both clocks agree."""
+    found, me = _read(run_dir), Owner.myself("")
+    if found is None:
+        return None
+    if (found.host, found.boot) == (me.host, me.boot):
+        return found if found.born and born(found.pid) == found.born else None
+    with contextlib.suppress(OSError):
+        return found if time.time() - (run_dir / FILE).stat().st_mtime < stale_s else None
+    return None
+
+
 def _claim(file: int, run_dir: Path, me: Owner, log: Callable[[str], None], stale_s: float) -> None:
     locks = _lock(file, run_dir, me, log, stale_s)
     owner = _read(run_dir)
@@ -159,5 +172,5 @@ def _read(run_dir: Path) -> Owner | None:
     """None where nobody has it. (Opened each time: what a network's file system has cached is asked for again then.)"""
     try:
         return Owner(**json.loads((run_dir / FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None

@@ -161,7 +161,7 @@ def _state(pid: int) -> str:
 def _main(rank: int, launcher: int, store_port: Connection, what: Try) -> None:
     """A rank's whole life."""
     gc.freeze()  # what the parent left is not searched for garbage, which would copy all its pages
-    _end_with(launcher)
+    end_with(launcher)
     environment.become_rank(rank, what.world_size, store_port.recv())
     if rank:
         for name, stream, number in (("stdout", sys.stdout, 1), ("stderr", sys.stderr, 2)):
@@ -180,8 +180,8 @@ def _descriptor(stream: Any, otherwise: int) -> int:
         return otherwise
 
 
-def _end_with(launcher: int) -> None:
-    """Without its launcher a rank is asked to stop, as by anybody else: it saves, and ends."""
+def end_with(launcher: int) -> None:
+    """Called in a child: without its launcher it is asked to stop, as by anybody else: it saves, and ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != launcher:  # it was gone before that

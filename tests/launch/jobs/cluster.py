@@ -1,5 +1,6 @@
 """A Slurm of our own: munge, the controller and three nodes, on this machine and in one folder. Nothing of the system is touched."""
 
+import getpass
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ CREDENTIAL_S = 2
 
 def missing() -> list[str]:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    return [tool for tool in TOOLS if not shutil.which(tool, path=path)] + ([] if os.geteuid() == 0 else ["root, for slurmd"])
+    return [tool for tool in TOOLS if not shutil.which(tool, path=path)]
 
 
 class Cluster:
@@ -35,8 +36,8 @@ class Cluster:
 
     def __exit__(self, *_) -> None:
         if (self.folder / "slurm.conf").exists():
-            subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=self.env, capture_output=True)
-            subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True)
+            for more in (["--signal=KILL", "--full"], []):
+                subprocess.run(["scancel", *more, f"--user={getpass.getuser()}"], env=self.env, capture_output=True)
             self._until(lambda: not self.ask("squeue", "--noheader").strip(), seconds=15, must=False)
         for process in reversed(self._processes):
             process.terminate()
@@ -57,7 +58,7 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "--oneliner", "job", job).split())
 
     def hurry(self, job: str) -> None:
-        """Once it waits for its turn after a requeue, which Slurm makes two minutes. Until nodes have forgotten its old credential it must."""
+        """Once it waits for its turn after a requeue, which Slurm makes two minutes: seconds will do, until nodes forget its credential."""
         self._until(lambda: self.job(job)["JobState"] == "PENDING", seconds=60)
         time.sleep(2 * CREDENTIAL_S)
         self._until(lambda: self.job(job)["JobState"] != "PENDING" or self._now(job), seconds=60)
@@ -111,10 +112,10 @@ def _free_ports(number: int) -> list[int]:
 
 
 def _conf(folder: Path, socket_path: Path, ports: list[int]) -> str:
-    host = os.uname().nodename
+    host, user = os.uname().nodename, getpass.getuser()
     nodes = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000" for n, port in zip(NODES, ports)]
     return "\n".join([
-        "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={ports[-1]}", "SlurmUser=root", "SlurmdUser=root",
+        "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={ports[-1]}", f"SlurmUser={user}", f"SlurmdUser={user}",
         "AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={socket_path},cred_expire={CREDENTIAL_S}",
         f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool_%n",
         f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/slurmd_%n.pid",

@@ -1,0 +1,1 @@
+"""Runs on this disk: a table of all of them, and two beside each other."""
