@@ -300,11 +300,12 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--multirun", action="store_true", help="words may have several values: a run for each combination of them")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be sent or run")
     parser.add_argument("--detach", action="store_true", help="under Slurm: do not follow the job")
+    parser.add_argument("--no-doctor", dest="doctor", action="store_false", help="start even where `doctor --quick` finds a failure")
 
 
 def _launch(args: argparse.Namespace) -> int | None:
     environment.prepare(threads=1)
-    options = {"multirun": args.multirun, "dry_run": args.dry_run, "detach": args.detach}
+    options = {"multirun": args.multirun, "dry_run": args.dry_run, "detach": args.detach, "examined": args.doctor}
     return _call("shoestring.launch.jobs.command:main", args.overrides, args.config_dir, **options)
 
 

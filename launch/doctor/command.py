@@ -20,13 +20,14 @@ from ...conf.schema import Config
 from .. import exit_codes
 from ..environment import Place, under_torchrun
 from . import gpus, machine, network, software, storage, variables
-from .line import CODES, Line, exit_code, merged, show, skipped, warn
+from .line import CODES, FAIL, WARN, Line, exit_code, merged, show, skipped, warn
 
-__all__ = ["Line", "exit_code", "main", "quick", "show"]
+__all__ = ["FAIL", "KINDS", "WARN", "Line", "exit_code", "main", "quick", "show"]
 
 # By name: they import torch, which --quick need not wait for.
 _ALONE, _JOINED = "shoestring.launch.doctor.world:alone", "shoestring.launch.doctor.world:joined"
 _WANDB_S = {True: 1.0, False: 5.0}  # quickly, or not
+KINDS = tuple(CODES)
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 

@@ -32,7 +32,6 @@ class Sent:
 
     id: str
     script: str
-    array: int = 0  # tasks; 0: it is none
 
     @classmethod
     def read(cls, folder: Path) -> "Sent | None":
@@ -42,26 +41,26 @@ class Sent:
             return None
 
 
-def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: Path, array: bool = False) -> str:
-    """The sbatch file of one job, or of several as an array. `folder`: for logs; `command`: what was typed, to be shown.
+def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: Path, numbers: Sequence[int] = ()) -> str:
+    """The sbatch file of one job, or of several with these `numbers` as an array. `folder`: for logs; `command`: what was typed.
 
     Raises ConfigError where jobs of an array want nodes of different numbers.
     """
-    first, name = jobs[0], _name(jobs[0].config.name if not array else folder.parent.name)
-    for number, job in enumerate(jobs):
+    first, name = jobs[0], _name(folder.parent.name if numbers else jobs[0].config.name)
+    for number, job in zip(numbers, jobs):
         if (job.nodes, job.ranks_per_node) != (first.nodes, first.ranks_per_node):
-            rule = f"has {job.world_size} ranks, and job 0 {first.world_size}: an array's jobs are of one size. Make it several sweeps"
+            rule = f"has {job.world_size} ranks, and another {first.world_size}: an array's jobs are of one size. Make it several sweeps"
             raise ConfigError(f"job {number}", " ".join(job.words), rule)
-    log = folder / ("job_%A_%a" if array else "job_%j")
+    log = folder / ("job_%A_%a" if numbers else "job_%j")
     lines = [
         "#!/bin/bash",
         f"# {name}: {first.world_size:,} ranks on {first.nodes:,} node{'s' * (first.nodes > 1)}"
-        + (f", {len(jobs)} times" if array else "") + f". Made by: {_one_line(command)}",
-        *(f"#SBATCH {option}" for option in options(first, name, log, chdir, len(jobs) if array else 0)),
+        + (f", {len(jobs)} times" if numbers else "") + f". Made by: {_one_line(command)}",
+        *(f"#SBATCH {option}" for option in options(first, name, log, chdir, numbers)),
         "",
         "export PYTHONSAFEPATH=1 SLURM_OPEN_MODE=append",
         *first.config.launch.slurm.setup,
-        *_words(jobs, array),
+        *_words(jobs, numbers),
         f'head=$(hostname):$(({first.config.launch.port} + SLURM_JOB_ID % {PORTS}))',
         "",
         *_srun(first, log),
@@ -71,13 +70,13 @@ def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: 
     return "\n".join(lines) + "\n"
 
 
-def options(job: Job, name: str, log: Path, chdir: Path, array: int) -> list[str]:
+def options(job: Job, name: str, log: Path, chdir: Path, numbers: Sequence[int]) -> list[str]:
     """Of sbatch, each `--name` or `--name=value`."""
     s = job.config.launch.slurm
     asked = {"partition": s.partition, "account": s.account, "qos": s.qos, "constraint": s.constraint, "exclude": ",".join(s.exclude)}
     return [
         f"--job-name={name}",
-        *([f"--array=0-{array - 1}"] if array else []),
+        *([f"--array={_ranges(numbers)}"] if numbers else []),
         f"--nodes={job.nodes}",
         "--ntasks-per-node=1",
         *(["--exclusive", "--mem=0"] if job.whole_nodes else []),
@@ -110,10 +109,21 @@ def _srun(job: Job, log: Path) -> list[str]:
     ]
 
 
-def _words(jobs: Sequence[Job], array: bool) -> list[str]:
-    if not array:
+def _words(jobs: Sequence[Job], numbers: Sequence[int]) -> list[str]:
+    if not numbers:
         return [f"words=({shlex.join(jobs[0].words)})"]
-    return ["case $SLURM_ARRAY_TASK_ID in", *(f"  {n}) words=({shlex.join(job.words)}) ;;" for n, job in enumerate(jobs)), "esac"]
+    return ["case $SLURM_ARRAY_TASK_ID in", *(f"  {n}) words=({shlex.join(job.words)}) ;;" for n, job in zip(numbers, jobs)), "esac"]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Such as 0-3,7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def _python(job: Job, host: bool = False) -> str:
@@ -170,7 +180,7 @@ def _one_line(command: Sequence[str]) -> str:
 # ---------------------------------------------------------------- sending
 
 
-def send(text: str, folder: Path, *, array: int = 0) -> Sent:
+def send(text: str, folder: Path) -> Sent:
     """Write the file and hand it to sbatch. Raises ConfigError with Slurm's own words where it is refused."""
     if not shutil.which("sbatch"):
         raise ConfigError("launch", "slurm", "there is no sbatch here: run it where jobs are sent from, or see it with --dry-run", "local")
@@ -180,6 +190,6 @@ def send(text: str, folder: Path, *, array: int = 0) -> Sent:
     found = subprocess.run(["sbatch", "--parsable", str(path)], env=environment.to_send(), capture_output=True, text=True)
     if found.returncode:
         raise ConfigError("launch", "slurm", f"sbatch refused {path}: {' '.join(found.stderr.split())}")
-    sent = Sent(id=found.stdout.strip().partition(";")[0], script=str(path), array=array)
+    sent = Sent(id=found.stdout.strip().partition(";")[0], script=str(path))
     replace_file(folder / "sent.json", json.dumps(asdict(sent)) + "\n")
     return sent

@@ -59,8 +59,8 @@ def test_how_few_nodes_will_do():
     assert "#SBATCH --no-kill" in text and re.search(r"srun .*--wait=0 --no-kill", text)
 
 
-def script(*jobs, folder=Path("/shared/runs/a/slurm"), array=False):
-    return slurm.script(jobs, folder, ["shoestring", "launch"], chdir=Path("/shared"), array=array)
+def script(*jobs, folder=Path("/shared/runs/a/slurm"), numbers=()):
+    return slurm.script(jobs, folder, ["shoestring", "launch"], chdir=Path("/shared"), numbers=numbers)
 
 
 # ---------------------------------------------------------------- the words are real ones
@@ -102,7 +102,7 @@ def test_sbatch_and_srun_have_every_directive(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     sbatch, srun = flags_of("sbatch", "--help"), flags_of("srun", "--help")
     assert "--nodes" in sbatch and "--cpu-bind" in srun
-    sweep = script(job_of(), job_of("optim.lr=1"), array=True)
+    sweep = script(job_of(), job_of("optim.lr=1"), numbers=[0, 1])
     for text in (script(job_of()), script(job_of(*ALL_SET)), script(job_of("cluster=cpu")), sweep):
         assert used(text, r"^#SBATCH (.*)$") <= sbatch
         call = text[text.index("\nsrun ") : text.index(" -m shoestring")]
@@ -122,15 +122,15 @@ def test_the_file_is_shell_and_keeps_every_word(tmp_path):
 
 def test_an_array_has_the_words_of_each(tmp_path):
     jobs = [job_of(f"optim.lr={lr}") for lr in (0.1, 0.2, 0.3)]
-    text = script(*jobs, array=True)
-    assert "#SBATCH --array=0-2" in text and "job_%A_%a.log" in text
+    text = script(*jobs, numbers=[1, 2, 5])
+    assert "#SBATCH --array=1-2,5\n" in text and "job_%A_%a.log" in text
     part = text[text.index("case ") : text.index("esac") + 4]
-    for number, job in enumerate(jobs):
+    for number, job in zip([1, 2, 5], jobs):
         asked = f'SLURM_ARRAY_TASK_ID={number}; {part}; printf "%s\\n" "${{words[@]}}"'
         shown = subprocess.run(["bash", "-c", asked], capture_output=True, text=True)
         assert shown.stdout.splitlines() == list(job.words)
-    with pytest.raises(ConfigError, match=r"job 1.*8 ranks, and job 0 16"):
-        script(jobs[0], job_of("parallel.pp=1"), array=True)
+    with pytest.raises(ConfigError, match=r"job 1.*8 ranks, and another 16"):
+        script(jobs[0], job_of("parallel.pp=1"), numbers=[0, 1])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_a_job_set_needs(field):
 
 
 def test_sent_again_it_is_known(tmp_path):
-    (tmp_path / "sent.json").write_text(json.dumps({"id": "5", "script": "x", "array": 0}))
+    (tmp_path / "sent.json").write_text(json.dumps({"id": "5", "script": "x"}))
     assert slurm.Sent.read(tmp_path).id == "5"
     (tmp_path / "sent.json").write_text('{"id": ')
     assert slurm.Sent.read(tmp_path) is None

@@ -126,3 +126,16 @@ def test_a_run_longer_than_its_limit_is_a_chain(slurm, tmp_path):
     assert {(link["code"], link["then"]) for link in links[:-1]} <= {(75, "again"), (143, "again")}  # told before its ranks were up
     assert any(link["code"] == exit_codes.PREEMPTED for link in links)
     assert [record.step for record in read_records(run / "metrics.jsonl")] == list(range(1, 701))  # each once: nothing was lost
+
+
+def test_a_sweep_is_an_array(slurm, tmp_path):
+    words = [*SMALL, "name=sweep", "train.steps=4", "optim.lr=1e-3,2e-3", "train.seed=1,2"]
+    with Launched(slurm, tmp_path, words, "--multirun") as launched:
+        code, text = launched.end()
+        assert code == exit_codes.OK, text
+        ended = sorted((tmp_path / "runs/sweep").glob("*/metrics.jsonl"))
+        assert [path.parent.name[:1] for path in ended] == ["0", "1", "2", "3"]
+        assert len({tuple(record.loss for record in read_records(path)) for path in ended}) == 4  # four different runs
+        assert all(len(read_records(path)) == 4 for path in ended)
+    again = Launched(slurm, tmp_path, words, "--multirun")
+    assert again.end(60) == (exit_codes.OK, "all of its runs are complete\n")
