@@ -1,7 +1,6 @@
 """Runs under a real Slurm of three nodes on this machine: a node that dies, a preemption, a time limit, a sweep."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,24 +10,12 @@ import pytest
 from shoestring.launch import exit_codes
 from shoestring.train.metrics import read_records
 
-from . import cluster
-
 SMALL = [
     "launch=slurm", "data=synthetic", "data.seq_len=16", "model.vocab_size=300", "model.dim=32", "model.num_layers=2",
     "model.dense_hidden_dim=48", "model.expert_hidden_dim=24", "optim.warmup_steps=2", "train.eval_sequences=8",
     "train.global_batch_tokens=256", "train.micro_batch_sequences=2", "checkpoint.interval=5", "cluster.gpus_per_node=2",
 ]  # fmt: skip
 TWO_NODES = [*SMALL, "parallel.edp=2", "parallel.ep=2"]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    lacking = cluster.missing()
-    if lacking:
-        assert not os.environ.get("CI"), f"CI installs what these tests need: {lacking}"
-        pytest.skip(f"needs {', '.join(lacking)}")
-    with cluster.Cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
 
 
 class Launched:
