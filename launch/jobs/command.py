@@ -147,7 +147,7 @@ def _slurm(
     else:
         sent = slurm.send(text, folder)
         many = f"{len(jobs)} jobs of " if numbers else ""
-        print(f"job {sent.id}: sent, {many}{job.world_size:,} ranks on {job.nodes:,} node{'s' * (job.nodes > 1)}, by {sent.script}")
+        print(f"job {sent.id}: sent, {many}{job}, by {sent.script}")
     print(f"logs: {folder}/job_{sent.id}*.log" + ("" if numbers else f"; run: {job.run_dir}"), flush=True)
     if detach:
         return exit_codes.OK

@@ -39,6 +39,9 @@ class Job:
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    def __str__(self) -> str:
+        return f"{self.world_size:,} rank{'s' * (self.world_size > 1)} on {self.nodes:,} node{'s' * (self.nodes > 1)}"
+
     @property
     def cores(self) -> int:
         """That the ranks of a node compute on, where it has no GPUs."""

@@ -54,7 +54,7 @@ def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: 
     log = folder / ("job_%A_%a" if numbers else "job_%j")
     lines = [
         "#!/bin/bash",
-        f"# {name}: {first.world_size:,} ranks on {first.nodes:,} node{'s' * (first.nodes > 1)}"
+        f"# {name}: {first}"
         + (f", {len(jobs)} times" if numbers else "") + f". Made by: {_one_line(command)}",
         *(f"#SBATCH {option}" for option in options(first, name, log, chdir, numbers)),
         "",
