@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> int | None:
     if args.cfg:
         print(to_yaml(config), end="")
         return None
-    environment.prepare(config.launch.threads)
+    environment.prepare_ranks(config.cluster, config.launch.threads)
     return _call("shoestring.launch.launcher:train", config, environment.command(_words(args)))
 
 

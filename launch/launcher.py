@@ -18,7 +18,7 @@ from typing import Any
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
-from . import device, elastic, environment, exit_codes, lease
+from . import device, elastic, environment, exit_codes, lease, pinning
 from .cause import Ending
 from .ranks import Ranks, Try
 from .validate import validate
@@ -63,7 +63,7 @@ def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
             done = _steps_done(config)
             world_size = phase_at(config, done).config.parallel.world_size
             if world_size == 1:
-                with state.mine():
+                with state.mine(), pinning.kept():
                     code = pkgutil.resolve_name(f"{_WORKER}:run")(config, environment.Place(), command, *args)
                 ending = Ending(code=code)
             else:

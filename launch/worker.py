@@ -17,7 +17,7 @@ from ..parallel import world
 from ..parallel.flight import FOLDER, answer_when_asked, last_begun, tidy, write_flight
 from ..train import trainer
 from ..train.replay import WrongGradients
-from . import device, environment, exit_codes
+from . import device, environment, exit_codes, pinning
 from .environment import Place
 from .finish import conclude
 from .heartbeats import Heartbeat
@@ -57,8 +57,11 @@ def run(config: Config, place: Place, command: Sequence[str], train: Train = tra
     stop = Stop(alone=place.world_size == 1).install()
     flight = flight_folder(Path(config.run_dir), failures)
     try:
+        cpus = pinning.pin(config.cluster.pin, place.local_rank, place.local_world_size, device.choose_type(config))
         chosen = device.start(config, place)
         beat = _join(config, place, chosen, flight)
+        if place.rank == 0 and (told := [*environment.told(config.cluster), *([cpus] if cpus else [])]):
+            _say(f"rank 0 runs with {'; '.join(told)}; the others likewise")
         outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place))
         world.leave()
         tidy(flight, place.rank)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shoestring.conf.compose import load
-from shoestring.launch import device, exit_codes, worker
+from shoestring.launch import device, exit_codes, pinning, worker
 from shoestring.launch.environment import Place
 from shoestring.train.checkpoint.checkpointer import CheckpointError
 from shoestring.train.data.corpus import DataError
@@ -45,6 +45,14 @@ def test_the_trainer_finds_a_process_group_and_its_device(here, capfd):
 
     assert _run(train, load(["experiment=smoke", "parallel.ep=1", "launch.threads=2"])) == exit_codes.OK
     assert capfd.readouterr().out.startswith("training\n")
+
+
+def test_rank_0_says_what_ranks_were_told(here, capfd, monkeypatch):
+    monkeypatch.setenv("NCCL_IB_TC", "106")
+    done = lambda *_, **__: Outcome(summary=None, step=0, stopped=False)
+    assert _run(done, load(["experiment=smoke", "parallel.ep=1", "cluster.env.NCCL_IB_TC=106", "cluster.pin=cores"])) == exit_codes.OK
+    cpus = pinning.spell(os.sched_getaffinity(0))
+    assert capfd.readouterr().out.startswith(f"rank 0 runs with NCCL_IB_TC=106; CPUs {cpus} (cores); the others likewise\n")
 
 
 def test_a_stopped_run_is_to_be_continued(here):
