@@ -5,6 +5,7 @@ without a new one between them.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pkgutil
@@ -18,7 +19,7 @@ from typing import Any
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
-from . import device, elastic, environment, exit_codes, lease, pinning
+from . import device, elastic, environment, exit_codes, lease, pinning, rank_log
 from .cause import Ending
 from .ranks import Ranks, Try
 from .validate import validate
@@ -47,7 +48,9 @@ def train(config: Config, command: Sequence[str]) -> int:
         raise
     environment.tell_deepspeed(kind)
     if place:
-        return elastic.run_rank(config, place, pkgutil.resolve_name(f"{_WORKER}:run"), command)
+        with rank_log.heard(Path(config.run_dir), place) as tell:
+            run = functools.partial(pkgutil.resolve_name(f"{_WORKER}:run"), tell=tell)
+            return elastic.run_rank(config, place, run, command)
     with lease.held(Path(config.run_dir)):
         return here(config, kind, command)
 
