@@ -181,7 +181,7 @@ def fold(lines: list[bytes]) -> list[bytes]:
     """Where up to four lines come several times in a row, they are left once, and how often they came again."""
     kept, at = [], 0
     while at < len(lines):
-        period = max(range(1, _LONGEST + 1), key=lambda p: (_repeats(lines, at, p) * p, -p))
+        period = max(range(1, _LONGEST + 1), key=lambda p: (_repeats(lines, at, p), -p))
         times, block = _repeats(lines, at, period), lines[at : at + period]
         note = b"[repeated %d times]\n" % times if period == 1 else b"[the last %d lines repeated %d times]\n" % (period, times)
         if len(note) < times * sum(map(len, block)):

@@ -199,6 +199,11 @@ def test_an_error_of_its_own_is_told_beside_a_loss_and_its_traceback_is_in_the_f
     assert all("Traceback" in (tmp_path / "logs" / "my_run" / f"rank_{n}.log").read_text() for n in (1, 2, 3))
 
 
+def test_a_rank_that_is_killed_has_said_what_it_printed(tmp_path):
+    _ranks(tmp_path, 2, "import os; os.kill(os.getpid(), 9)")
+    assert (tmp_path / "logs" / "my_run" / "rank_1.log").read_text().endswith("to out\nto err\n")
+
+
 def test_jobs_without_a_name_are_told_apart_by_who_started_them(tmp_path):
     _ranks(tmp_path, 2, run_id="none")
     (folder,) = (tmp_path / "logs").iterdir()

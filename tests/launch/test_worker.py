@@ -89,6 +89,14 @@ def test_an_unexpected_error_shows_where(capfd):
     assert "test_worker.py" in err and err.endswith("error: ZeroDivisionError: by what?\n")
 
 
+def test_a_rank_without_the_console_has_its_error_told(tmp_path, capfd):
+    def train(*_, **__):
+        raise DataError("empty")
+
+    assert _run(train, tell=lambda message, code: (tmp_path / "told").write_text(f"{message} {code}")) == exit_codes.DATA
+    assert (tmp_path / "told").read_text() == f"empty {exit_codes.DATA}" and capfd.readouterr().err == "error: empty\n"
+
+
 def test_under_a_launcher_an_error_is_left_in_a_file(tmp_path, capfd):
     def train(*_, **__):
         raise DataError("empty")
