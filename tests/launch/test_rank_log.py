@@ -166,11 +166,12 @@ with rank_log.heard(Path(sys.argv[1]), Place.from_environment()) as tell:
 
 def _ranks(tmp_path, count: int, then: str = "", *, run_id: str = "my/run", restart: int = 0) -> list[subprocess.CompletedProcess]:
     """Ranks as torchrun would start them, of one node, one after another."""
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     env = {"TORCHELASTIC_RUN_ID": run_id, "TORCHELASTIC_RESTART_COUNT": str(restart), "WORLD_SIZE": str(count)}
     return [
         subprocess.run(
             [sys.executable, "-c", RANK.replace("{then}", then), str(tmp_path)], capture_output=True, text=True, timeout=60,
-            env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=here | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
     ]  # fmt: skip
