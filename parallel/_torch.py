@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group, _world
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.optim.adamw import adamw
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +36,14 @@ def group_of(handle: torch.ScriptObject) -> dist.ProcessGroup:
 def join_alone(world_size: int, rank: int) -> None:
     """As a rank of a world of which nobody else is there: groups can be made, and nothing can be sent."""
     dist.init_process_group("fake", world_size=world_size, rank=rank, store=FakeStore())
+
+
+def get_schedule_ops(schedule: str, pp: int, num_micro_batches: int, num_stages_per_rank: int):
+    """Torch's lists of actions of a schedule, one for each rank. Their module is imported when they are asked for: with it come torch's
+    compiler and 700 modules more, a second that ranks of other schedules need not pay."""
+    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops as torchs
+
+    return torchs(schedule, pp, num_micro_batches, num_stages_per_rank=num_stages_per_rank)
 
 
 def nccl_options(max_ctas: int):

@@ -2,15 +2,13 @@
 
 The Hub is asked for once, when the work is divided: the commit found then is kept, so nodes that build later, or days after,
 read the same documents; and nodes without a network train from a finished cache.
+
+The libraries are imported where they are used: 700 modules and most of a second, which ranks that read no such data set need not pay.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import datasets
-import huggingface_hub
-from huggingface_hub import errors
 
 from ...conf.schema import SourceConfig
 from .documents import MAX_PIECES, Bad, DataError, Document, Piece, explained, first_line, ranges, take_column
@@ -21,6 +19,8 @@ _PIECE_DOCUMENTS = 2000
 
 def load_dataset(*args, **kwargs) -> Any:
     """`datasets.load_dataset` without progress bars: ranks would draw them over each other."""
+    import datasets
+
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -79,6 +79,9 @@ class HubSource:
 
     def _ask_hub(self) -> str:
         """The commit that the revision names now. One short question, before `datasets` asks with many retries."""
+        import huggingface_hub
+        from huggingface_hub import errors
+
         c = self._config
         try:
             return huggingface_hub.HfApi().dataset_info(c.dataset, revision=c.revision or None, timeout=HUB_TIMEOUT_S).sha or ""
@@ -95,6 +98,8 @@ class HubSource:
     def _load(self, revision: str) -> Any:
         """The data set, opened once."""
         if self._loaded is None:
+            import datasets
+
             c = self._config
             try:
                 if self._folder and ((self._folder / "state.json").exists() or (self._folder / "dataset_dict.json").exists()):
