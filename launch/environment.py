@@ -53,6 +53,7 @@ def session() -> str:
 
 def prepare_torchrun() -> None:
     """For the ranks that torchrun is about to start from this process."""
+    _ask_names_briefly()
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks that share the agent's store do not survive the loss of one
 
 
@@ -75,7 +76,14 @@ def prepare(threads: int) -> None:
     """Call before torch is imported. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's and c10d's chatter about sockets
+    _ask_names_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it says so on every rank
+
+
+def _ask_names_briefly() -> None:
+    """torch's store asks for the name of each rank that connects, one after another, and answers nobody meanwhile: an answer of the name
+    server that is lost would hold all of them up for the resolver's 5 s. (Measured: docs/startup.md.)"""
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 
 def prepare_ranks(cluster: ClusterConfig, threads: int) -> None:

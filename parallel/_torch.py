@@ -39,8 +39,8 @@ def join_alone(world_size: int, rank: int) -> None:
 
 
 def get_schedule_ops(schedule: str, pp: int, num_micro_batches: int, num_stages_per_rank: int):
-    """Torch's lists of actions of a schedule, one for each rank. Their module is imported when they are asked for: with it come torch's
-    compiler and 700 modules more, a second that ranks of other schedules need not pay."""
+    """Torch's lists of actions of a schedule, one for each rank. The module is imported when they are asked for: ranks of other schedules
+    need not pay for it."""
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops as torchs
 
     return torchs(schedule, pp, num_micro_batches, num_stages_per_rank=num_stages_per_rank)
