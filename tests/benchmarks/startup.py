@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +43,14 @@ fork = multiprocessing.get_context("fork")
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """`seconds` by how many there were of `of` (agents, ranks). `at`: how many there are of them on 256 nodes."""
+    """`seconds` by how many there were of `of` (agents, ranks). `at`: how many there are of them on 256 nodes. `names`: whole seconds
+    beside those, in which the store waited for answers of a name server that were lost."""
 
     name: str
     of: str
     seconds: dict[int, float]
     at: int
+    names: dict[int, int] = field(default_factory=dict)
 
     @property
     def fitted(self) -> tuple[str, float]:
@@ -56,16 +58,16 @@ class Part:
 
 
 def fit(measured: dict[int, float], at: int) -> tuple[str, float]:
-    """The shape nearest to what was measured, and its value at `at`: a + b g(n), b not negative, by least squares of relative errors; a
-    plainer shape is kept unless another halves its error."""
+    """The shape nearest to what was measured, and its value at `at`: a + b g(n), b not negative, by least squares; a plainer shape is kept
+    unless another halves its error."""
     n, y = np.array(list(measured), dtype=float), np.array(list(measured.values()))
     best: tuple[float, str, float] | None = None
     for name, shape in SHAPES.items():
         columns = np.stack([np.ones_like(n), shape(n)], axis=1)[:, : 1 if name == "constant" else 2]
-        solved, *_ = np.linalg.lstsq(columns / y[:, None], np.ones_like(y), rcond=None)
+        solved, *_ = np.linalg.lstsq(columns, y, rcond=None)
         if name != "constant" and solved[1] < 0:
             continue
-        error = float(np.sqrt(np.mean((columns @ solved / y - 1) ** 2)))
+        error = float(np.sqrt(np.mean((columns @ solved - y) ** 2)))
         value = float(solved[0] + (solved[1] * shape(np.array(float(at))) if len(solved) > 1 else 0.0))
         if best is None or error < best[0] / 2:
             best = (error, name, value)
@@ -229,7 +231,9 @@ def measure(say: Callable[[str], None]) -> tuple[list[tuple[str, str]], list[Par
         ("ranks connect over gloo", "ranks", (4, 8, 16, 32, 64), NODES * PER_NODE, lambda n: ranks(n, join=True)),
         ("a rank makes its groups", "ranks", tuple(LAYOUTS), NODES * PER_NODE, groups),
     ):
-        parts.append(Part(name=name, of=of, seconds={n: statistics.median(one(n) for _ in range(3)) for n in sizes}, at=at))
+        seconds = {n: statistics.median(one(n) for _ in range(3)) for n in sizes}
+        names = {n: int(s) for n, s in seconds.items()} if name.startswith("ranks") else {}
+        parts.append(Part(name=name, of=of, seconds={n: s - names.get(n, 0) for n, s in seconds.items()}, at=at, names=names))
         say(f"{name}: {parts[-1].seconds} {parts[-1].fitted}")
     return fixed, parts, time.monotonic() - began
 
@@ -248,8 +252,10 @@ def page(fixed: Sequence[tuple[str, str]], parts: Sequence[Part], *, load_before
     lines += ["| what grows | measured | grows | at 256 nodes x 8 |", "| --- | --- | --- | --- |"]
     for part in parts:
         shape, value = part.fitted
-        measured = ", ".join(f"{n}: {_short(s)}" for n, s in part.seconds.items())
-        there = f"{_short(part.seconds[part.at])}, measured" if part.at in part.seconds else f"{_short(value)}, extrapolated"
+        waited = {n: f" + {s} s for names" for n, s in part.names.items() if s}
+        measured = ", ".join(f"{n}: {_short(s)}{waited.get(n, '')}" for n, s in part.seconds.items())
+        guess = f"{_short(value)}, extrapolated{', without names' if waited else ''}"
+        there = f"{_short(part.seconds[part.at])}, measured" if part.at in part.seconds else guess
         lines.append(f"| {part.name} | {part.of} {measured} | {shape} | {there} ({part.at} {part.of}) |")
     return "\n".join([*lines, "", *NOTES, ""])
 
@@ -271,7 +277,8 @@ their own work is not this slow, and the part of the one store is. Extrapolation
 - **Names.** torch's store asks a name server for the name of each rank that connects, one after another, and answers nobody meanwhile.
   Where that server loses answers, as here when many are asked for at once, each costs the resolver's patience: 5 s by default, so that 32
   ranks met in 5.1 s and 64 in 10.5 s. Shoestring sets `RES_OPTIONS=timeout:1 attempts:3` for its ranks unless the environment has it, and
-  so has this page; steps of a second in the table are that. Set it for torchrun too, or use `python -m shoestring.launch.elastic`, which does.
+  so has this page: an answer costs the whole seconds "for names" in the table, which no fit has in it. Set it for torchrun too, or use
+  `python -m shoestring.launch.elastic`, which does.
 - **What ranks are told.** `cluster.env` in a cluster file sets environment variables of ranks (those in the user's own environment
   stay), `cluster.threads` their OMP_NUM_THREADS, `cluster.pin` their CPUs: `cores` shares out the machine's, `numa` takes those beside the
   GPU. Memory follows by first touch. Rank 0's log says in one line what was set. (`tests/launch/test_pinning.py`,
