@@ -14,6 +14,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from . import variables
 from .errors import ConfigError, divisors, most_like
 from .phases import levels
 from .schema import Config
@@ -50,7 +51,7 @@ _NOT_NEGATIVE = [
     *_fields("checkpoint", "interval interval_seconds"),
     *_fields("guard", "spike rollbacks stragglers replay_interval"), "budget_usd", "budget_gpu_hours", "max_tokens",
     "launch.hang_s", "launch.max_restarts", "launch.k8s.max_restarts",
-    "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "data.tokenizer.vocab_size",
+    "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "cluster.threads", "data.tokenizer.vocab_size",
     "stack.host_us_per_step", "stack.peer_wait",
     *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),
 ]  # fmt: skip
@@ -68,6 +69,7 @@ _CHOICES = {
     "launch.how": ("local", "torchrun", "slurm", "k8s"),
     "launch.device": ("auto", "cpu", "cuda"),
     "launch.wandb": ("disabled", "offline", "online"),
+    "cluster.pin": ("none", "cores", "numa"),
 }
 _RECOMPUTED = ("norm", "mla_up", "swiglu", "attention", "experts")
 _OF_A_PHASE = ("train", "optim", "parallel", "data.seq_len", "data.sources", "model.max_seq_len", "model.yarn")
@@ -79,18 +81,24 @@ _TRIALS = 200  # of candidates, when the nearest valid value is searched
 def check(config: Config) -> None:
     """Raises ConfigError for the first broken rule; ranges of single fields come first."""
     for field, rule in _broken(config) if not config.phases else _ranges(config):
-        raise ConfigError(field, get(config, field), rule, _nearest(config, field))
+        raise ConfigError(field, _shown(field, get(config, field)), rule, _shown(field, _nearest(config, field)))
     for name, phase in config.phases.items():
         for field in _changed(config, phase):
             if field in _OF_THE_RUN or not f"{field}.".startswith(tuple(f"{part}." for part in _OF_A_PHASE)):
                 rule = f"belongs to the whole run; a phase may change {', '.join(_OF_A_PHASE)}"
-                raise ConfigError(f"phases.{name}.{field}", get(phase, field), rule, get(config, field))
+                shown = (_shown(field, get(c, field)) for c in (phase, config))
+                raise ConfigError(f"phases.{name}.{field}", next(shown), rule, next(shown))
         if config.data.tokenizer.kind == "bpe" and _unweighted(phase) != _unweighted(config):
             rule = "may differ from the run's in weight only: data.tokenizer.kind=bpe learns its ids from them; give one as a file"
             raise ConfigError(f"phases.{name}.data.sources", ", ".join(phase.data.sources), rule, ", ".join(config.data.sources))
         for field, rule in _broken(phase):
             key = field if get(phase, field) == get(config, field) else f"phases.{name}.{field}"
             raise ConfigError(key, get(phase, field), f"{rule} (in phase {name})", _nearest(phase, field))
+
+
+def _shown(field: str, value: Any) -> Any:
+    """Of environment variables the names only: one of them may hold a secret."""
+    return list(value) if field == "cluster.env" else value
 
 
 def _unweighted(config: Config) -> list:
@@ -182,6 +190,7 @@ def _candidates(c: Config, field: str) -> Iterable:
         "train.recompute": [[name for name in value if name in _RECOMPUTED]] if isinstance(value, (list, tuple)) else [],
         "model.yarn.factor": [1.0], "optim.final_lr": [0.0, c.optim.lr], "optim.lr": [1e-3],
         "parallel.comm_sms": [0, _NCCL_BLOCKS],
+        "cluster.env": [{name: text for name, text in c.cluster.env.items() if not variables.wrong(name, text)}],
         "checkpoint.interval": [0], "checkpoint.interval_seconds": [0.0],
         "train.steps": [1, c.optim.warmup_steps + c.optim.constant_steps],
     }  # fmt: skip
@@ -237,6 +246,9 @@ def _ranges(c: Config) -> Iterator[Broken]:
             yield f"stack.phases.{name}.times", "must be positive and finite, and host_us not negative"
         if name not in _PHASES:
             yield f"stack.phases.{name}.times", f"is of no phase; there are {', '.join(_PHASES)}"
+    for name, text in c.cluster.env.items():
+        if rule := variables.wrong(name, text):
+            yield "cluster.env", rule
     for name, allowed in _CHOICES.items():
         if _of(name)(c) not in allowed:
             yield name, f"must be one of {', '.join(allowed)}"

@@ -352,6 +352,10 @@ class ClusterConfig(Section):
     restart_minutes: float = 10.0  # from an interruption until the run goes on where its checkpoint is
     checkpoint_gb_s: float = 2.0  # per device, to storage
     rates: RatesConfig = field(default_factory=RatesConfig)
+    # What ranks are told. `env`: environment variables, such as NCCL's; one that the user's own environment has stays as it is there.
+    env: dict[str, str] = field(default_factory=dict)
+    pin: str = "none"  # none | cores: each rank has its share of the CPUs | numa: those beside its GPU; launch/pinning.py
+    threads: int = 0  # OMP_NUM_THREADS of each rank, likewise (but torchrun's own 1 gives way); 0: launch.threads
 
 
 @dataclass(kw_only=True)

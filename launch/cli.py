@@ -120,7 +120,7 @@ def _train_one(config: Config, words: Sequence[str], args: argparse.Namespace) -
     if args.cfg:
         print(to_yaml(config), end="")
         return None
-    environment.prepare(config.launch.threads)
+    environment.prepare_ranks(config.cluster, config.launch.threads)
     return _call("shoestring.launch.launcher:train", config, environment.command([*words, *_config_dir(args)]))
 
 
@@ -304,7 +304,6 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(args: argparse.Namespace) -> int | None:
-    environment.prepare(threads=1)
     options = {"multirun": args.multirun, "dry_run": args.dry_run, "detach": args.detach, "examined": args.doctor}
     return _call("shoestring.launch.jobs.command:main", args.overrides, args.config_dir, **options)
 

@@ -21,7 +21,7 @@ def choose_type(config: Config) -> str:
 def start(config: Config, place: Place) -> torch.device:
     """This rank's device, current from now on. Raises ConfigError if it is not there, or lacks what the precision wants."""
     if choose_type(config) == "cpu":
-        torch.set_num_threads(config.launch.threads)
+        torch.set_num_threads(config.cluster.threads or config.launch.threads)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if place.local_rank >= count:

@@ -7,22 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..conf.schema import ClusterConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One process among `world_size`, as torchrun or our own launcher numbers them."""
+    """One process among `world_size`, `local_world_size` of them on its machine, as torchrun or our own launcher numbers them."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
 
     @classmethod
     def from_environment(cls) -> "Place | None":
         """This process's place, or None where nobody has started it as a rank."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
-        rank = int(os.environ["RANK"])
-        return cls(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", rank)), world_size=int(os.environ["WORLD_SIZE"]))
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=local_world_size)
 
 
 def restart() -> str:
@@ -77,6 +82,7 @@ def to_send() -> dict[str, str]:
 def prepare_torchrun() -> None:
     """For the ranks that torchrun is about to start from this process."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds to save after a SIGTERM, of which it would give thirty
+    _ask_names_briefly()
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks that share the agent's store do not survive the loss of one
 
 
@@ -101,7 +107,31 @@ def prepare(threads: int) -> None:
     """Call before torch is imported. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's and c10d's chatter about sockets
+    _ask_names_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it says so on every rank
+
+
+def _ask_names_briefly() -> None:
+    """torch's store asks for the name of each rank that connects, one after another, and answers nobody meanwhile: an answer of the name
+    server that is lost would hold all of them up for the resolver's 5 s. (Measured: docs/startup.md.)"""
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
+
+
+def prepare_ranks(cluster: ClusterConfig, threads: int) -> None:
+    """`prepare` of a process that is a rank, or starts some: with what its cluster says. `threads`: where the cluster says nothing."""
+    for name, value in cluster.env.items():
+        os.environ.setdefault(name, value)
+    if cluster.threads and under_torchrun() and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]  # torchrun's, where the user has set none
+    prepare(cluster.threads or threads)
+
+
+def told(cluster: ClusterConfig) -> list[str]:
+    """What a rank runs with of what its cluster says, in words: its threads, and each variable."""
+    env = os.environ
+    kept = lambda name, wanted: "" if env.get(name) == wanted else f" (the environment's; the cluster's is {wanted})"
+    words = [f"OMP_NUM_THREADS={env.get('OMP_NUM_THREADS', '')}{kept('OMP_NUM_THREADS', str(cluster.threads))}"] if cluster.threads else []
+    return words + [f"{name}={env.get(name, '')}{kept(name, wanted)}" for name, wanted in cluster.env.items()]
 
 
 def record_flight(folder: Path) -> None:

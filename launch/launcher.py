@@ -5,6 +5,7 @@ without a new one between them.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pkgutil
@@ -18,7 +19,7 @@ from typing import Any
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
-from . import device, elastic, environment, exit_codes, last_try, lease
+from . import device, elastic, environment, exit_codes, last_try, lease, pinning, rank_log
 from .cause import Ending
 from .ranks import Ranks, Try
 from .validate import validate
@@ -47,7 +48,9 @@ def train(config: Config, command: Sequence[str]) -> int:
         raise
     environment.tell_deepspeed(kind)
     if place:
-        return elastic.run_rank(config, place, pkgutil.resolve_name(f"{_WORKER}:run"), command)
+        with rank_log.heard(Path(config.run_dir), place) as tell:
+            run = functools.partial(pkgutil.resolve_name(f"{_WORKER}:run"), tell=tell)
+            return elastic.run_rank(config, place, run, command)
     run_dir = Path(config.run_dir)
     with lease.held(run_dir):
         return last_try.recorded(run_dir, lambda: here(config, kind, command))
@@ -65,7 +68,7 @@ def here(config: Config, kind: str, command: Sequence[str], *args: Any) -> int:
             done = _steps_done(config)
             world_size = phase_at(config, done).config.parallel.world_size
             if world_size == 1:
-                with state.mine():
+                with state.mine(), pinning.kept():
                     code = pkgutil.resolve_name(f"{_WORKER}:run")(config, environment.Place(), command, *args)
                 ending = Ending(code=code)
             else:

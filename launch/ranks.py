@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from ..parallel.flight import ASKED, asked_file, missing, tidy
-from . import cause, environment, exit_codes, heartbeats
+from . import cause, environment, exit_codes, heartbeats, rank_log
 from .cause import Ending
 
 _TICK_S = 0.1
@@ -164,20 +163,11 @@ def _main(rank: int, launcher: int, store_port: Connection, what: Try) -> None:
     end_with(launcher)
     environment.become_rank(rank, what.world_size, store_port.recv())
     if rank:
-        for name, stream, number in (("stdout", sys.stdout, 1), ("stderr", sys.stderr, 2)):
-            with open(what.logs / f"rank_{rank}.{name}", "wb") as file:
-                for target in {number, _descriptor(stream, number)}:
-                    os.dup2(file.fileno(), target)
+        files = what.logs / f"rank_{rank}.stdout", what.logs / f"rank_{rank}.stderr"
+        rank_log.take_over((files[0], sys.stdout, 1), (files[1], sys.stderr, 2))
     code = what.target(*what.args)
     sys.stdout.flush(), sys.stderr.flush()
     sys.exit(code)
-
-
-def _descriptor(stream: Any, otherwise: int) -> int:
-    try:
-        return stream.fileno()
-    except (OSError, ValueError, AttributeError):
-        return otherwise
 
 
 def end_with(launcher: int) -> None:

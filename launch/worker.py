@@ -17,10 +17,11 @@ from ..parallel import world
 from ..parallel.flight import FOLDER, answer_when_asked, last_begun, tidy, write_flight
 from ..train import trainer
 from ..train.replay import WrongGradients
-from . import device, environment, exit_codes
+from . import device, environment, exit_codes, pinning
 from .environment import Place
 from .finish import conclude
 from .heartbeats import Heartbeat
+from .rank_log import Tell
 
 Train = Callable[..., trainer.Outcome]
 
@@ -49,23 +50,35 @@ class Stop:
         self._asked = True
 
 
-def run(config: Config, place: Place, command: Sequence[str], train: Train = trainer.run, *, failures: Path | None = None) -> int:
+def run(
+    config: Config,
+    place: Place,
+    command: Sequence[str],
+    train: Train = trainer.run,
+    *,
+    failures: Path | None = None,
+    tell: Tell | None = None,
+) -> int:
     """Train as one rank; the exit code (`launch/exit_codes.py`). Rank 0 ends with what `command` has made and how to go on.
 
-    An error is one line on stderr, or a file in the folder `failures`, from which a launcher can tell which rank's came first.
+    An error is one line on stderr (and to `tell`, of a rank without the console), or a file in the folder `failures`, from which a launcher
+    can tell which rank's came first.
     """
     stop = Stop(alone=place.world_size == 1).install()
     flight = flight_folder(Path(config.run_dir), failures)
     try:
+        cpus = pinning.pin(config.cluster.pin, place.local_rank, place.local_world_size, device.choose_type(config))
         chosen = device.start(config, place)
         beat = _join(config, place, chosen, flight)
+        if place.rank == 0 and (told := [*environment.told(config.cluster), *([cpus] if cpus else [])]):
+            _say(f"rank 0 runs with {'; '.join(told)}; the others likewise")
         outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place))
         world.leave()
         tidy(flight, place.rank)
         if place.rank == 0:
             _say(conclude(config, outcome, command))
     except BaseException as error:
-        return _report(error, place, failures, flight)
+        return _report(error, place, flight, failures, tell)
     if outcome.spent:
         return exit_codes.BUDGET
     if outcome.stopped:
@@ -110,7 +123,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _report(error: BaseException, place: Place, failures: Path | None, flight: Path) -> int:
+def _report(error: BaseException, place: Place, flight: Path, failures: Path | None, tell: Tell | None) -> int:
     at, code = time.monotonic(), exit_codes.of(error)
     message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
     if code == exit_codes.LOST and dist.is_initialized() and not isinstance(error, WrongGradients):  # which waited for nobody
@@ -118,6 +131,8 @@ def _report(error: BaseException, place: Place, failures: Path | None, flight: P
     trace = traceback.format_exc() if code == exit_codes.FAILED else ""
     if failures is None:
         print(f"{trace}error: {message}", file=sys.stderr, flush=True)
+        if tell:
+            tell(message, code)
     else:
         record = {"time": at, "rank": place.rank, "code": code, "message": message, "traceback": trace}
         (failures / f"failure-{place.rank}.json").write_text(json.dumps(record))

@@ -23,13 +23,6 @@ abort_process_group = _abort_process_group
 SPLITS_BY_BACKEND = "backend" in inspect.signature(dist.split_group).parameters
 
 
-def get_schedule_ops(*args, **kwargs) -> list:
-    """Torch's own action lists. Imported when they are wanted, which few layouts do: it takes two seconds."""
-    from torch.distributed.pipelining import _schedule_visualizer
-
-    return _schedule_visualizer.get_schedule_ops(*args, **kwargs)
-
-
 def instant_work() -> torch.ScriptObject:
     """What an operator of `torch.ops.c10d` returns for a collective that is over."""
     return torch._C._distributed_c10d.FakeWork().boxed()
@@ -43,6 +36,14 @@ def group_of(handle: torch.ScriptObject) -> dist.ProcessGroup:
 def join_alone(world_size: int, rank: int) -> None:
     """As a rank of a world of which nobody else is there: groups can be made, and nothing can be sent."""
     dist.init_process_group("fake", world_size=world_size, rank=rank, store=FakeStore())
+
+
+def get_schedule_ops(schedule: str, pp: int, num_micro_batches: int, num_stages_per_rank: int):
+    """Torch's lists of actions of a schedule, one for each rank. The module is imported when they are asked for: ranks of other schedules
+    need not pay for it."""
+    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops as torchs
+
+    return torchs(schedule, pp, num_micro_batches, num_stages_per_rank=num_stages_per_rank)
 
 
 def nccl_options(max_ctas: int):

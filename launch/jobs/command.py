@@ -110,7 +110,10 @@ def _local(config: Config, words: Sequence[str], dry_run: bool, examined: bool) 
         job = plan_job(config, words)
         print(f"{job.world_size:,} ranks on this machine, as by:\n{shlex.join(environment.command(words))}")
         return exit_codes.OK
-    return _healthy(config, doctor.KINDS, examined) or launcher.train(config, environment.command(words))
+    if code := _healthy(config, doctor.KINDS, examined):
+        return code
+    environment.prepare_ranks(config.cluster, config.launch.threads)
+    return launcher.train(config, environment.command(words))
 
 
 def _torchrun(job: Job, dry_run: bool, examined: bool) -> int:

@@ -45,7 +45,7 @@ class Job:
     @property
     def cores(self) -> int:
         """That the ranks of a node compute on, where it has no GPUs."""
-        return self.ranks_per_node * self.config.launch.threads
+        return self.ranks_per_node * (self.config.cluster.threads or self.config.launch.threads)
 
     @property
     def whole_nodes(self) -> bool:

@@ -149,12 +149,14 @@ def test_the_door_for_torchrun():
 
 
 def test_a_place_is_read_from_the_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert environment.Place.from_environment() is None
     for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert environment.Place.from_environment() == environment.Place(rank=9, local_rank=1, world_size=16)
+    assert environment.Place.from_environment() == environment.Place(rank=9, local_rank=1, world_size=16, local_world_size=16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert environment.Place.from_environment().local_world_size == 8
 
 
 def test_the_command_to_repeat_is_the_one_that_was_used(monkeypatch):
@@ -181,6 +183,39 @@ def test_what_the_user_has_set_in_the_environment_stays(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     environment.prepare(threads=2)
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "threads"),
+    [
+        ({}, [], "1"),
+        ({}, ["launch.threads=3"], "3"),
+        ({}, ["launch.threads=3", "cluster.threads=4"], "4"),
+        ({"OMP_NUM_THREADS": "7"}, ["cluster.threads=4"], "7"),
+        ({"OMP_NUM_THREADS": "1"}, ["cluster.threads=4"], "1"),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, ["cluster.threads=4"], "4"),  # torchrun's own 1
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, ["launch.threads=4"], "1"),
+    ],
+)
+def test_threads_of_a_rank(monkeypatch, before, words, threads):
+    monkeypatch.setattr(os, "environ", dict(before))
+    config = load(words)
+    environment.prepare_ranks(config.cluster, config.launch.threads)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_variables_of_a_cluster_reach_ranks_where_the_user_has_none(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "2"})
+    words = ["cluster.env.NCCL_DEBUG=WARN", "cluster.env.NCCL_IB_TC=106", "cluster.env.TORCH_CPP_LOG_LEVEL=INFO", "cluster.threads=4"]
+    cluster = load(words).cluster
+    environment.prepare_ranks(cluster, 1)
+    found = {name: os.environ[name] for name in ("NCCL_DEBUG", "NCCL_IB_TC", "TORCH_CPP_LOG_LEVEL")}
+    assert found == {"NCCL_DEBUG": "INFO", "NCCL_IB_TC": "106", "TORCH_CPP_LOG_LEVEL": "INFO"}
+    assert environment.told(cluster) == [
+        "OMP_NUM_THREADS=2 (the environment's; the cluster's is 4)", "NCCL_DEBUG=INFO (the environment's; the cluster's is WARN)",
+        "NCCL_IB_TC=106", "TORCH_CPP_LOG_LEVEL=INFO",
+    ]  # fmt: skip
+    assert environment.told(load([]).cluster) == []
 
 
 class DataError(RuntimeError):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shoestring.conf.compose import load
-from shoestring.launch import device, exit_codes, worker
+from shoestring.launch import device, exit_codes, pinning, worker
 from shoestring.launch.environment import Place
 from shoestring.train.checkpoint.checkpointer import CheckpointError
 from shoestring.train.data.corpus import DataError
@@ -47,6 +47,14 @@ def test_the_trainer_finds_a_process_group_and_its_device(here, capfd):
     assert capfd.readouterr().out.startswith("training\n")
 
 
+def test_rank_0_says_what_ranks_were_told(here, capfd, monkeypatch):
+    monkeypatch.setenv("NCCL_IB_TC", "106")
+    done = lambda *_, **__: Outcome(summary=None, step=0, stopped=False)
+    assert _run(done, load(["experiment=smoke", "parallel.ep=1", "cluster.env.NCCL_IB_TC=106", "cluster.pin=cores"])) == exit_codes.OK
+    cpus = pinning.spell(os.sched_getaffinity(0))
+    assert capfd.readouterr().out.startswith(f"rank 0 runs with NCCL_IB_TC=106; CPUs {cpus} (cores); the others likewise\n")
+
+
 def test_a_stopped_run_is_to_be_continued(here):
     assert _run(lambda *_, **__: Outcome(summary=None, step=3, stopped=True)) == exit_codes.PREEMPTED
 
@@ -79,6 +87,14 @@ def test_an_unexpected_error_shows_where(capfd):
     assert _run(train) == exit_codes.FAILED
     err = capfd.readouterr().err
     assert "test_worker.py" in err and err.endswith("error: ZeroDivisionError: by what?\n")
+
+
+def test_a_rank_without_the_console_has_its_error_told(tmp_path, capfd):
+    def train(*_, **__):
+        raise DataError("empty")
+
+    assert _run(train, tell=lambda message, code: (tmp_path / "told").write_text(f"{message} {code}")) == exit_codes.DATA
+    assert (tmp_path / "told").read_text() == f"empty {exit_codes.DATA}" and capfd.readouterr().err == "error: empty\n"
 
 
 def test_under_a_launcher_an_error_is_left_in_a_file(tmp_path, capfd):

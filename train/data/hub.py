@@ -97,9 +97,9 @@ class HubSource:
 
     def _load(self, revision: str) -> Any:
         """The data set, opened once."""
-        import datasets
-
         if self._loaded is None:
+            import datasets
+
             c = self._config
             try:
                 if self._folder and ((self._folder / "state.json").exists() or (self._folder / "dataset_dict.json").exists()):
