@@ -2,7 +2,7 @@
 
 On one machine without a GPU: imports of a rank, the rendezvous of agents and ranks (all on this machine's cores: an upper bound for as many
 machines), the groups of each world size as one rank makes them with nobody else there, configurations, and what is logged. Each part is
-fitted by a constant, a logarithm or a line, whichever is nearest, and drawn out to 256 nodes of 8 ranks.
+fitted by a constant, a logarithm, a line or a square, whichever is nearest, and drawn out to 256 nodes of 8 ranks.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 NODES, PER_NODE = 256, 8
 LAYOUTS = {8: (2, 1, 4), 64: (4, 2, 8), 512: (8, 2, 32), 2048: (16, 2, 64)}  # world: pp, edp, ep; the last is DeepSeek-V3's
-SHAPES: dict[str, Callable] = {"constant": np.zeros_like, "log": np.log2, "linear": lambda n: n}
+SHAPES: dict[str, Callable] = {"constant": np.zeros_like, "log": np.log2, "linear": lambda n: n, "quadratic": lambda n: n**2}
 V3 = ["experiment=deepseek_v3", "data.sources.files.paths=[corpus]"]
 fork = multiprocessing.get_context("fork")
 
@@ -273,7 +273,8 @@ their own work is not this slow, and the part of the one store is. Extrapolation
 - **Groups.** On NCCL a name is one call, twelve at most; gloo is asked for every group of the world, and makes only its own, without a
   barrier. A group's store operations grow with the group and not with the world.
 - **gloo.** Connecting the world's hosts is one store read and one connection for each other rank: linear for a rank, quadratic for
-  the store. It is the part to look at first on thousands of ranks.
+  the store, and for cores that all ranks share, as here: of that many machines the square is an upper bound. It is the part to look at
+  first on thousands of ranks.
 - **Names.** torch's store asks a name server for the name of each rank that connects, one after another, and answers nobody meanwhile.
   Where that server loses answers, as here when many are asked for at once, each costs the resolver's patience: 5 s by default, so that 32
   ranks met in 5.1 s and 64 in 10.5 s. Shoestring sets `RES_OPTIONS=timeout:1 attempts:3` for its ranks unless the environment has it, and
