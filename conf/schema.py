@@ -404,7 +404,7 @@ class StackConfig(Section):
 class SlurmConfig(Section):
     """A job under Slurm: what `sbatch` is asked for. Empty: the cluster's own default."""
 
-    time: str = "1-00:00:00"  # limit of one link of the chain of jobs that a run becomes: minutes, hours:minutes:seconds, or days-hours...
+    time: str = "1-00:00:00"  # limit of one link of the chain of jobs that a run becomes: hours:minutes:seconds, or days-hours
     signal_s: int = 300  # before that limit, ranks are told to save
     partition: str = ""
     account: str = ""

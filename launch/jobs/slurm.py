@@ -142,8 +142,11 @@ def check(config: Config) -> None:
     """Raises ConfigError for settings that sbatch would not take, or would take for something else."""
     s = config.launch.slurm
     limit = _seconds(s.time)
+    if s.time.isdigit():
+        rule = "is a number, as which YAML also reads 12:00:00 (quote it there); write hours:minutes:seconds"
+        raise ConfigError("launch.slurm.time", s.time, rule, f"{int(s.time) // 60}:{int(s.time) % 60:02}:00")
     if limit is None:
-        rule = "is no time as Slurm has them: minutes, hours:minutes:seconds, days-hours or days-hours:minutes:seconds"
+        rule = "is no time as Slurm has them: hours:minutes:seconds, days-hours or days-hours:minutes:seconds"
         raise ConfigError("launch.slurm.time", s.time, rule, "1-00:00:00")
     if limit <= s.signal_s:
         raise ConfigError("launch.slurm.signal_s", s.signal_s, f"must be less than the limit, launch.slurm.time = {s.time}", limit // 2)

@@ -149,13 +149,24 @@ def test_times_are_slurms(time, seconds):
     ("word", "said"),
     [
         ("launch.slurm.time=tomorrow", "launch.slurm.time = tomorrow: is no time"),
-        ("launch.slurm.time=2", "launch.slurm.signal_s = 300: must be less than the limit.*nearest valid value: 60"),
+        ("launch.slurm.time=90", "launch.slurm.time = 90: is a number.*nearest valid value: 1:30:00"),
+        ("launch.slurm.time=0:02:00", "launch.slurm.signal_s = 300: must be less than the limit.*nearest valid value: 60"),
         ('launch.slurm.options=["mail-type=END"]', "launch.slurm.options = mail-type=END.*--mail-type=END"),
     ],
 )
 def test_settings_that_sbatch_would_not_take(word, said):
     with pytest.raises(ConfigError, match=said):
         slurm.check(load([*WORDS, word]))
+
+
+def test_a_limit_in_yaml(tmp_path):
+    """YAML 1.1 reads 12:00:00 as a number of seconds, which Slurm would take for minutes."""
+    (tmp_path / "launch").mkdir()
+    for name, text in (("bare", "12:00:00"), ("quoted", '"12:00:00"')):
+        (tmp_path / f"launch/{name}.yaml").write_text(f"how: slurm\nslurm: {{time: {text}, exclude: [n17]}}\n")
+    slurm.check(load([*WORDS, "launch=quoted"], tmp_path))
+    with pytest.raises(ConfigError, match=r"launch.slurm.time = 43200: is a number"):
+        slurm.check(load([*WORDS, "launch=bare"], tmp_path))
 
 
 def test_no_value_adds_a_line_of_its_own():

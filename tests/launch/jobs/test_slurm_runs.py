@@ -102,7 +102,7 @@ def test_a_node_dies_and_a_preemption_comes(slurm, tmp_path, uninterrupted):
 def test_a_run_longer_than_its_limit_is_a_chain(slurm, tmp_path):
     """Slurm looks at limits every half minute, so a link of two minutes is told to save after 30 to 60 seconds."""
     run = tmp_path / "runs/long"
-    words = [*SMALL, "parallel.ep=2", "name=long", "train.steps=700", "launch.slurm.time=2", "launch.slurm.signal_s=60"]
+    words = [*SMALL, "parallel.ep=2", "name=long", "train.steps=700", "launch.slurm.time=0:02:00", "launch.slurm.signal_s=60"]
     with Launched(slurm, tmp_path, words) as launched:
         job = launched.until(lambda: json.loads(sent.read_text())["id"] if (sent := run / "slurm/sent.json").exists() else None)
         launched.hurrying(job)
