@@ -164,7 +164,7 @@ def test_a_sweep_that_is_killed_leaves_no_job_behind(job, tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     made = []
-    monkeypatch.setattr(cli, "_call", lambda target, *args: made.append((target, *args)) or exit_codes.OK)
+    monkeypatch.setattr("shoestring.launch.commands.command.call", lambda target, *args: made.append((target, *args)) or exit_codes.OK)
     return made
 
 

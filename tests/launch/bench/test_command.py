@@ -58,7 +58,7 @@ def found() -> Results:
 def test_words(monkeypatch, words, target, args, options):
     """What the command line asks for, its functions take."""
     made = []
-    monkeypatch.setattr(cli, "_call", lambda *args, **options: made.append((args, options)))
+    monkeypatch.setattr("shoestring.launch.commands.command.call", lambda *args, **options: made.append((args, options)))
     assert cli.main(["bench", *words]) == exit_codes.OK
     assert made == [((f"shoestring.launch.bench.command:{target}", *args), options)]
     inspect.signature(getattr(command, target)).bind(*args, **options)

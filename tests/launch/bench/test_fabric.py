@@ -242,7 +242,7 @@ def test_a_gpu_of_which_nobody_has_the_peaks():
 
 def test_words(monkeypatch):
     made = []
-    monkeypatch.setattr(cli, "_call", lambda *args, **options: made.append((args, options)))
+    monkeypatch.setattr("shoestring.launch.commands.command.call", lambda *args, **options: made.append((args, options)))
     cli.main(["bench", "fabric", "name=mine", "processes=4"])
     assert made == [(("shoestring.launch.bench.fabric:main", ["name=mine", "processes=4"]), {})]
     request = fabric.parse(made[0][0][1])
