@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .build import build, is_known, nearest_key
@@ -31,6 +31,18 @@ def load(overrides: Sequence[str] = (), config_dir: str | Path | None = None) ->
     Raises ConfigError for an unknown key (naming the nearest known one), group, type, missing value or broken rule.
     """
     return finish(compose(overrides, config_dir))
+
+
+def load_any_data(words: list[str], config_dir: str | Path | None = None) -> Config:
+    """`load` for what does not look at data: where its sources lack something, they have any. `words` grows by that."""
+    for _ in range(len(words) + 8):
+        try:
+            return load(words, config_dir)
+        except ConfigError as error:
+            if not error.field.startswith("data.sources.") or error.value != MISSING:
+                raise
+            words.append(f"{error.field}=[any]")
+    return load(words, config_dir)
 
 
 def load_saved(path: str | Path) -> Config:

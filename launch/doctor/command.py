@@ -12,10 +12,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import MISSING
-
-from ...conf.compose import load
-from ...conf.errors import ConfigError
+from ...conf.compose import load_any_data
 from ...conf.schema import Config
 from .. import exit_codes
 from ..environment import Place, under_torchrun
@@ -41,7 +38,7 @@ def main(
     say: Callable[[str], None] | None = None,
 ) -> int:
     """An exit code: of the first failure, 0 without one. Of ranks that torchrun has started rank 0 speaks. `say`: None for the console."""
-    config, environ = _load(list(words), config_dir), dict(os.environ)
+    config, environ = load_any_data(list(words), config_dir), dict(os.environ)
     place = _place(environ)
     if only_quick and place and place.rank:
         return exit_codes.OK
@@ -61,16 +58,6 @@ def main(
     else:
         show(lines, title=_title(config, list(by_host), place), say=say)
     return code
-
-
-def _load(words: list[str], config_dir: str | Path | None) -> Config:
-    """The doctor does not read data: sources that name none have any."""
-    try:
-        return load(words, config_dir)
-    except ConfigError as error:
-        if not error.field.startswith("data.sources.") or error.value != MISSING:
-            raise
-        return _load([*words, f"{error.field}=[any]"], config_dir)
 
 
 def quick(config: Config) -> list[Line]:

@@ -10,14 +10,13 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ...conf import sweep
-from ...conf.compose import load
+from ...conf.compose import load, load_any_data
 from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from .. import environment, exit_codes, launcher
 from ..doctor import command as doctor
 from ..overview import read
 from ..plan.plans import launch_words
-from ..plan.request import load_any_data
 from ..sweep import run as run_sweep
 from ..validate import validate
 from . import kubernetes, slurm

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from ...conf.compose import compose, load
+from ...conf.compose import compose, load_any_data
 from ...conf.errors import ConfigError, UnknownKey, most_like
 from ...conf.phases import Phase, phases
 from ...conf.rules import get, replaced
@@ -190,18 +189,6 @@ def _load(words: list[str], config_dir: str | None) -> Config:
         return load_any_data(words, config_dir)
     except UnknownKey as error:
         raise UnknownKey(error.field, error.value, error.rule, most_like(error.field, [*OWN, str(error.nearest)])) from None
-
-
-def load_any_data(words: list[str], config_dir: str | None) -> Config:
-    """For what does not look at data: where its sources lack something, they have any. `words` grows by that."""
-    for _ in range(len(words) + 8):
-        try:
-            return load(words, config_dir)
-        except ConfigError as error:
-            if not error.field.startswith("data.sources.") or error.value != MISSING:
-                raise
-            words.append(f"{error.field}=[any]")
-    return load(words, config_dir)
 
 
 def _batch(gpus: int, seq_len: int, unit: int) -> int:

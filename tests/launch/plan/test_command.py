@@ -145,6 +145,7 @@ def test_what_was_planned_runs(capsys, tmp_path):
         config = load(launch_words([f"plan={out}", f"number={number}", "run_dir=elsewhere"]))
         assert str(Layout.of(config)) == plan["layout"] and config.parallel.world_size == 4 and config.run_dir == "elsewhere"
         assert config.train.global_batch_tokens == 4096 and config.model.name == "tiny"
-    for wrong in ([f"plan={out}", "number=9"], ["plan=nowhere.json"], ["run_dir=x"], [f"plan={__file__}"]):
+    for wrong in ([f"plan={out}", "number=9"], ["plan=nowhere.json"], ["run_dir=x", "number=1"], [f"plan={__file__}"]):
         with pytest.raises(ConfigError):
             launch_words(wrong)
+    assert launch_words(["run_dir=x"]) == ["run_dir=x"]  # a run need not be planned
