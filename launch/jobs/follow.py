@@ -82,6 +82,8 @@ def follow(sent: Sent, folder: Path, *, say: Callable[[str], None] = print, tick
         if ended > 1:  # a requeue looks like an end for a moment
             following = Sent.read(folder)
             if following is None or following.id == sent.id:
+                if any(state.state == "TIMEOUT" for state in now):
+                    say("its ranks had not saved when the limit came: raise launch.slurm.signal_s; the same command goes on")
                 return next((code for state in now if (code := _code(state))), exit_codes.OK)
             sent, ended = following, 0
             continue

@@ -263,6 +263,25 @@ def test_states_as_scontrol_has_them(monkeypatch):
     assert (failed.code, cancelled.code, follow._code(cancelled)) == (75, 143, 143)
 
 
+def test_followed_to_its_end(tmp_path, monkeypatch):
+    """Through a moment that looks like an end, on to the job that it sends, until that one has run into its limit."""
+    told = [("7", state) for state in ("RUNNING", "FAILED", "PENDING", "COMPLETED", "COMPLETED")]
+    told += [("8", state) for state in ("RUNNING", "TIMEOUT", "TIMEOUT")]
+    said, asked = [], []
+
+    def states(job):
+        asked.append(job)
+        now = told.pop(0)
+        if now == ("7", "COMPLETED"):
+            (tmp_path / "sent.json").write_text('{"id": "8", "script": "x"}')
+        return [follow.State(id=now[0], state=now[1], reason="", nodes="", restarts=0, code=0)]
+
+    monkeypatch.setattr(follow, "states", states)
+    code = follow.follow(slurm.Sent(id="7", script="x"), tmp_path, say=said.append, tick_s=0)
+    assert asked == ["7"] * 5 + ["8"] * 3 and not told
+    assert code == exit_codes.LOST and "launch.slurm.signal_s" in said[-1]
+
+
 def test_logs_as_they_grow(tmp_path):
     tails = follow.Tails(tmp_path)
     one, two = tmp_path / "job_1.log", tmp_path / "job_1_node_0.log"
