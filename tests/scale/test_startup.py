@@ -68,6 +68,7 @@ class _Counting(dist.Store):
 def _count(folder):
     """In ranks that have met by another way: store operations of joining, of a pair's group, and of one of all."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # whoever leaves while others still connect to it is an error of theirs
     world.leave()
     store = _Counting(dist.FileStore(f"{folder}/{size}", size))
     counts = []
@@ -79,6 +80,7 @@ def _count(folder):
         before = store.calls.total()
         step()
         counts.append(store.calls.total() - before)
+    dist.barrier()
     return counts
 
 

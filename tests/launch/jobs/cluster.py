@@ -113,6 +113,7 @@ def _free_ports(number: int) -> list[int]:
 
 def _conf(folder: Path, socket_path: Path, ports: list[int]) -> str:
     host, user = os.uname().nodename, getpass.getuser()
+    first = 1 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # ports follow from it: no other worker's cluster has them
     nodes = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000" for n, port in zip(NODES, ports)]
     return "\n".join([
         "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={ports[-1]}", f"SlurmUser={user}", f"SlurmdUser={user}",
@@ -122,7 +123,7 @@ def _conf(folder: Path, socket_path: Path, ports: list[int]) -> str:
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SwitchType=switch/none", "MpiDefault=none",
         "SchedulerType=sched/backfill", "SchedulerParameters=sched_interval=1,bf_interval=1",
         "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core",
-        "ReturnToService=0", "KillWait=10", "SlurmctldTimeout=30", "SlurmdTimeout=30", "MinJobAge=300", "MailProg=/bin/true",
+        f"FirstJobId={first}", "ReturnToService=0", "KillWait=10", "SlurmctldTimeout=30", "SlurmdTimeout=30", "MinJobAge=300", "MailProg=/bin/true",
         "AccountingStorageType=accounting_storage/none", "JobCompType=jobcomp/none", "JobAcctGatherType=jobacct_gather/none",
         *nodes, "PartitionName=main Nodes=n[0-2] Default=YES MaxTime=INFINITE State=UP",
     ]) + "\n"  # fmt: skip
