@@ -123,7 +123,8 @@ def _conf(folder: Path, socket_path: Path, ports: list[int]) -> str:
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SwitchType=switch/none", "MpiDefault=none",
         "SchedulerType=sched/backfill", "SchedulerParameters=sched_interval=1,bf_interval=1",
         "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core",
-        f"FirstJobId={first}", "ReturnToService=0", "KillWait=10", "SlurmctldTimeout=30", "SlurmdTimeout=30", "MinJobAge=300", "MailProg=/bin/true",
+        f"FirstJobId={first}",
+        "ReturnToService=0", "KillWait=10", "SlurmctldTimeout=30", "SlurmdTimeout=30", "MinJobAge=300", "MailProg=/bin/true",
         "AccountingStorageType=accounting_storage/none", "JobCompType=jobcomp/none", "JobAcctGatherType=jobacct_gather/none",
         *nodes, "PartitionName=main Nodes=n[0-2] Default=YES MaxTime=INFINITE State=UP",
     ]) + "\n"  # fmt: skip
