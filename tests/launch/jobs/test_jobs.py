@@ -59,6 +59,12 @@ def test_how_few_nodes_will_do():
     assert "#SBATCH --no-kill" in text and re.search(r"srun .*--wait=0 --no-kill", text)
 
 
+def test_a_layout_that_cannot_shrink_that_far():
+    """pp x ep = 16 ranks, two nodes of eight, cannot be had with one node, nor with three."""
+    job = job_of("parallel.edp=2", "train.global_batch_tokens=131072", "launch.elastic=true")
+    assert (job.nodes, job.min_nodes) == (4, 2)
+
+
 def script(*jobs, folder=Path("/shared/runs/a/slurm"), numbers=()):
     return slurm.script(jobs, folder, ["shoestring", "launch"], chdir=Path("/shared"), numbers=numbers)
 
