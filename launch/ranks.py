@@ -73,7 +73,7 @@ class Ranks:
         for process in self.processes:
             process.start()
         # Not before: where a store is running when ranks are forked, one of them now and then never gets to it (2 of 120 starts). And not
-        # by libuv, which asks a name server for the name of whoever connects, and answers nobody meanwhile.
+        # by libuv: with it 1 start in 12 was five seconds late or more, while it asked a name server for who connects.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
         for reader, writer in pipes:
             with reader, writer, contextlib.suppress(BrokenPipeError):  # a rank that is gone already

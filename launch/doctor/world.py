@@ -2,13 +2,13 @@
 
 import json
 import os
-import pickle
 import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from .ranks import everyones, look_together
 
 _MOST = 4  # ranks that are started here
 _PATIENCE_S = 60.0
-_FOUND = "found"
+_FOUND = "found.json"
 
 
 def alone(config: Config) -> list[Line]:
@@ -68,7 +68,7 @@ def start(config: Config, kind: str, num: int, look: Callable[..., list[Line]] =
         if ending.code or not found.exists():
             value = f"{num} ranks started here: {ending.what or 'they said nothing'}"
             return [fail("fabric", "ranks", value, "can they meet? ip addr show lo; env | grep -E 'GLOO|NCCL'")]
-        return pickle.loads(found.read_bytes())
+        return [Line(**line) for line in json.loads(found.read_text())]
 
 
 def launched(config: Config, folder: Path, kind: str, look: Callable[..., list[Line]]) -> int:
@@ -79,7 +79,7 @@ def launched(config: Config, folder: Path, kind: str, look: Callable[..., list[L
         world.join(on, timeout_s=_PATIENCE_S)
         lines = look(config, on, 0, socket.gethostname())
         if place.rank == 0:
-            (folder / _FOUND).write_bytes(pickle.dumps(lines))
+            (folder / _FOUND).write_text(json.dumps([asdict(line) for line in lines]))
         dist.barrier()
         world.leave()
         return exit_codes.OK
