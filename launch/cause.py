@@ -37,8 +37,9 @@ def find(
     """`codes`: of ranks that ended by themselves, in that order; `left`: those that the launcher had to end; of them `hanging` did not
     answer any more, and `stopped` had been stopped by a signal. `lacking`: collectives that some have waited in."""
     records = [record for path in logs.glob("failure-*.json") if (record := read_json(path))]
-    # A rank whose peer has died finds its connection closed: an error of another kind is the cause, else the earliest.
-    records.sort(key=lambda r: (r["code"] == exit_codes.LOST, r["time"]))
+    # A rank whose peer has died, or has given up waiting, finds its connection closed: an error of another kind is the cause, else a wait
+    # that was given up, else the earliest.
+    records.sort(key=lambda r: (r["code"] == exit_codes.LOST, "imed out" not in r["message"], r["time"]))
     stepped = any(beat.step for beat in watcher.beats.values())
     if records and records[0]["code"] != exit_codes.LOST:
         return Ending(
