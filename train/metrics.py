@@ -1,7 +1,7 @@
 """What a run says about itself: one record per step, one summary at the end, and the file that keeps the records.
 
 Every reader (console, W&B, report, dashboard) takes these objects; the simulator writes the same ones, so that predicted and
-measured runs overlay. Other places to send records to are in `sinks.py`.
+measured runs overlay. Other places to send records to are in `sinks/`.
 """
 
 import dataclasses

@@ -32,7 +32,8 @@ from .metrics import StepRecord, Summary
 from .phase_run import PhaseRun
 from .records import make_record
 from .resume import Progress, check_same_run, find_start, kept
-from .sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+from .sinks.opening import open_sinks
+from .sinks.sink import Sinks
 from .sound import Sound
 from .step import Beat, Watch, silent
 from .stragglers import Busy
@@ -292,12 +293,7 @@ class _Session:
         return 0
 
     def _open_sinks(self) -> Sinks:
-        c = self.config
-        if not self.is_main:
-            return Sinks([])
-        console = ConsoleSink(num_steps(c), log_interval=c.launch.log_interval)
-        wandb = WandbSink(c, self.run_dir, mode=c.launch.wandb, project=c.launch.wandb_project)
-        return Sinks([JsonlSink(self.books.metrics_path), console, wandb])
+        return open_sinks(self.config, self.run_dir, self.books.metrics_path) if self.is_main else Sinks([])
 
     def _step(self) -> tuple[StepRecord, dict[str, float]]:
         began, p, phase = time.monotonic(), self.progress, self.phase

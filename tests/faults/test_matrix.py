@@ -6,7 +6,7 @@ from shoestring.launch import exit_codes
 from .judging import LAYOUTS, Place
 from .matrix import EXPECTED, KINDS, alarms, cell
 
-SLOW = ("SIGSTOP", "collective left out", "W&B away")  # the first two: test_processes.py; the last: tests/train/test_sinks.py
+SLOW = ("SIGSTOP", "collective left out", "W&B away")  # the first two: test_processes.py; the last: tests/train/sinks/test_wandb_run.py
 ELSEWHERE = ("SIGKILL", "exception in forward", "SIGTERM", "no checkpoint whole")  # test_processes.py, test_storage.py
 TAKEN = [kind for kind in KINDS if kind.name not in (*SLOW, *ELSEWHERE)]
 

@@ -21,7 +21,7 @@ from shoestring.launch.verify import certificate
 from shoestring.launch.verify.certificate import Invalid, Measure, Result
 from shoestring.train import metrics
 from shoestring.train.metrics import StepRecord
-from shoestring.train.sinks import JsonlSink
+from shoestring.train.sinks.jsonl import JsonlSink
 
 LOADS = [[30, 10, 20, 0], [15, 15, 15, 15], [0, 60, 0, 0]]  # means 15
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shoestring.conf.compose import load
 from shoestring.train import metrics, units
 from shoestring.train.metrics import StepRecord
-from shoestring.train.sinks import JsonlSink
+from shoestring.train.sinks.jsonl import JsonlSink
 
 
 def record(step: int, **changes) -> StepRecord:
