@@ -1,7 +1,7 @@
 """What a rank did during a step, and when: each compute phase, each exchange, each pipeline transfer.
 
 The executor tells a `Tracer`; the one it has by default does nothing. A `Recorder` keeps spans, and rank 0 gathers those of all ranks:
-a file that Chrome and Perfetto open, a Gantt picture (`launch/report_gantt.py`), and what was measured (`trace_measure.py`).
+a file that Chrome and Perfetto open, a Gantt picture (`launch/figures/gantt.py`), and what was measured (`trace_measure.py`).
 
     compute    a phase's forward or backward, its weight gradients, and what an exchange's bytes are packed and unpacked by
     exchange   an all-to-all: from when it was issued until its work was over, waited for or not

@@ -3,7 +3,8 @@
 import html
 
 from ...train import units
-from ..report_page import Chart, Page, Tile, render
+from ..figures.chart import Chart
+from ..figures.page import Page, Tile, render
 from . import table
 from .results import Results, Row, aims
 from .step import SLOW, Steps

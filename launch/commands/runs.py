@@ -1,6 +1,7 @@
 """Commands that start runs and look at them: train, launch, doctor, runs, report."""
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,6 +108,21 @@ def _report(args: argparse.Namespace) -> None:
     print(command.call("shoestring.launch.report:write_report", args.run_dir))
 
 
+def _dash_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="*", type=Path, metavar="DIR", help="run directories, or folders with runs below them (default: runs)"
+    )
+    parser.add_argument("--port", type=int, default=8050, metavar="N", help="on 127.0.0.1; 0: any that is free (default: 8050)")
+
+
+def _dash(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("dash") is None:
+        raise ConfigError("dash", "", "needs packages that are not installed: pip install 'shoestring[dash]'")
+    if not 0 <= args.port < 65536:
+        raise ConfigError("--port", args.port, "is a number from 0 to 65535", 8050)
+    command.call("shoestring.launch.dash.command:main", args.folders, args.port)
+
+
 COMMANDS = {
     "train": command.Command(
         help="train a model, or go on with a run that was stopped",
@@ -150,6 +166,15 @@ COMMANDS = {
             "shoestring runs --sort loss",
             "shoestring runs runs/sweep --csv runs.csv",
             "shoestring runs compare runs/a runs/b --html compare.html",
+        ),
+    ),
+    "dash": command.Command(
+        help="a local page that follows runs: health, speed, cost, and when they will be done",
+        arguments=_dash_arguments,
+        run=_dash,
+        examples=(
+            "shoestring dash                                               the runs in runs/, at http://127.0.0.1:8050/",
+            "shoestring dash runs/a runs/b --port 0                        these two, side by side, on any free port",
         ),
     ),
     "report": command.Command(

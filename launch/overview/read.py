@@ -95,7 +95,7 @@ def read(run_dir: Path) -> Row:
     steps, ended = _steps(run_dir, tree), last_try.read(run_dir) if _is_file(run_dir / last_try.FILE) else None
     owner = lease.owner(run_dir) if _is_file(run_dir / lease.FILE) else None
     complete = bool(summary and steps and last and last.step >= steps)
-    state = _state(owner is not None, ended, complete, tree is not None, last is not None)
+    state = state_of(owner is not None, ended, complete, tree is not None, last is not None)
     if ended and state == "failed":
         notes.insert(0, ended.what)
     elif owner and state == "running":
@@ -110,7 +110,8 @@ def read(run_dir: Path) -> Row:
     )  # fmt: skip
 
 
-def _state(held: bool, ended: "last_try.Ended | None", complete: bool, has_config: bool, has_records: bool) -> str:
+def state_of(held: bool, ended: "last_try.Ended | None", complete: bool, has_config: bool, has_records: bool) -> str:
+    """`Row.state`, from who has the lease, how the last try ended, and what the directory holds."""
     if held:
         return "waiting to restart" if ended and ended.again else "running"
     if ended and ended.code not in _PAUSES:

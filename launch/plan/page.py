@@ -7,8 +7,9 @@ from ...conf.compose import to_yaml
 from ...parallel.timeline import Span as Ran
 from ...parallel.trace import Span
 from ...train import cost, units
-from ..report_gantt import gantt
-from ..report_page import Chart, Page, Tile, render
+from ..figures.chart import Chart
+from ..figures.gantt import gantt
+from ..figures.page import Page, Tile, render
 from . import table
 from .plans import Plan
 

@@ -117,7 +117,7 @@ def test_the_page_has_both_curves_and_only_text_of_theirs(runs, tmp_path, capsys
     text = out.read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text and "http-equiv" in text and f"{bad} and" not in text
     figures = json.loads(text.split("const FIGURES = ")[1].split(";\n")[0])
-    assert [figure["id"] for figure in figures] == ["tokens", "dollars"]
+    assert [figure["id"] for figure in figures] == ["loss-by-tokens", "loss-by-dollars"]
     by_tokens, by_dollars = ([trace for trace in figure["data"] if trace["mode"] == "lines"] for figure in figures)
     assert by_tokens[0]["x"] == [4096 * n for n in range(1, 41)] and by_dollars[1]["x"] == [0.25 * n for n in range(1, 31)]
     assert by_tokens[1]["y"] == by_dollars[1]["y"] == [6.0 / n for n in range(1, 31)]

@@ -1,4 +1,4 @@
-"""The report's picture of a traced step: what each rank computed and exchanged, and when.
+"""The picture of a traced step: what each rank computed and exchanged, and when.
 
 A row per rank: compute above, exchanges below it, forward over backward. Bars of one colour are one path, so that tens of thousands of
 them can be drawn; what a bar is, is told on hovering where there are few enough.
@@ -7,9 +7,9 @@ them can be drawn; what a bar is, is told on hovering where there are few enough
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..parallel.trace import Span, read_trace
-from ..train import units
-from .report_page import Chart
+from ...parallel.trace import Span, read_trace
+from ...train import units
+from .chart import Chart
 
 MAX_RANKS = 16  # rows that can be told apart; of a larger job, the first
 MAX_HOVERS = 6000
@@ -17,16 +17,18 @@ MIN_SHARE = 1e-4  # of the step: what is shorter cannot be seen, and joins its n
 KINDS = {"F": ("forward", "@blue"), "B": ("backward", "@orange"), "W": ("weight gradients", "@green"), "X": ("exchange", "@purple")}
 
 
-def make_gantt(folder: Path, notes: list[str]) -> Chart | None:
-    """Of the last traced step under `folder`; None where there is none. A file that cannot be read is told in `notes`."""
+def make_gantt(folder: Path, notes: list[str], step: int | None = None) -> Chart | None:
+    """Of a traced step under `folder`, the last where none is named; None where there is none. A file that cannot be read is told in
+    `notes`."""
     traced = sorted(folder.glob("step_*.json"), key=lambda path: (len(path.name), path.name))
+    traced = [path for path in traced if path.name == f"step_{step}.json"] or traced
     if not traced:
         return None
     try:
         spans, facts = read_trace(traced[-1])
         return gantt(spans, facts, file=f"{folder.name}/{traced[-1].name}")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        notes.append(f"{folder.name}/{traced[-1].name} cannot be drawn ({error}).")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        notes.append(f"{folder.name}/{traced[-1].name} cannot be drawn ({str(error)[:200]}).")
         return None
 
 
@@ -65,6 +67,7 @@ def gantt(spans: Sequence[Span], facts: dict, *, file: str) -> Chart:
         data,
         layout,
         wide=True,
+        section="Speed",
         height=130 + max(26, min(70, 520 // len(ranks))) * len(ranks),
     )
 

@@ -1,7 +1,7 @@
 """The picture of a traced step: bars where spans are, rows and colours by rank and kind, and what is said of it."""
 
 import pytest
-from shoestring.launch.report_gantt import MAX_HOVERS, MAX_RANKS, make_gantt
+from shoestring.launch.figures.gantt import MAX_HOVERS, MAX_RANKS, make_gantt
 from shoestring.parallel.trace import Span, write_trace
 
 
