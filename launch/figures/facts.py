@@ -128,7 +128,7 @@ def method(run: Run) -> list[str]:
 def notes(run: Run) -> list[str]:
     """What is missing or unusual, in sentences."""
     found = run.notes()
-    if run.last and run.latest("eval_loss") is None:
+    if run.last and run.progress == 1 and run.latest("eval_loss") is None:
         found.append("No evaluation was recorded: the loss is that of training text.")
     if run.num_not_numbers:
         found.append(f"The loss was not a number at {run.num_not_numbers:,} step(s), the first at step {run.first_not_number}.")

@@ -17,6 +17,7 @@ SAMPLED_FROM = 8 << 20  # bytes of a file from which on it is sampled first
 SAMPLES = 600
 LONGEST = 64 << 20  # bytes of a line, of which more is not waited for
 TAIL = 4 << 20  # bytes in which the last records are looked for
+SCANNED = 16 << 20  # bytes in which a step's record is looked for
 
 
 class Follower:
@@ -67,7 +68,7 @@ class Follower:
         try:
             with open(self.path, "rb") as file:
                 file.seek(place)
-                while file.tell() < place + LONGEST and (line := file.readline(LONGEST)):
+                while file.tell() < place + SCANNED and (line := file.readline(LONGEST)):
                     record = parse(line)
                     if record is None:
                         continue
@@ -150,7 +151,7 @@ class Follower:
             short = without_loads(line)
             record = parse(short)
             if record is not None and len(short) < len(line):
-                self._loaded = place
+                self._loaded = max(place, self._loaded or 0)
         if record is None:
             self.num_bad += 1
             self.first_bad = self.first_bad or self._lines
@@ -182,6 +183,7 @@ class Follower:
         for line in _lines(file.read(TAIL)):
             if line.endswith(b"\n") and (record := parse(without_loads(line))):
                 samples.take(record, place)
+                self._loaded = place if b'"expert_load":[[' in line else self._loaded
             place += len(line)
         with self._lock:
             self._samples = samples if samples.count else None
