@@ -70,19 +70,21 @@ class History:
         """Of what was never recorded: an empty one. `gaps`: what most records have is NaN, once, where some in a row have none."""
         self._close_full()
         low, high, at_low, at_high, ends = self._with_open(field)
+        lengths = np.full(len(low), self._width)
+        if self._open:
+            lengths[-1] = len(self._open)
         known = ~np.isnan(low)
         if gaps and 2 * known.sum() > len(known):
             first_unknown = ~known & np.append(True, known[:-1])
             at_low, at_high = (np.where(known, at, np.arange(len(at)) * self._width) for at in (at_low, at_high))
             known |= first_unknown
-        low, high, at_low, at_high, ends = (array[known] for array in (low, high, at_low, at_high, ends))
+        low, high, at_low, at_high, ends, lengths = (array[known] for array in (low, high, at_low, at_high, ends, lengths))
         first_is_low = at_low <= at_high
         values = np.stack([np.where(first_is_low, low, high), np.where(first_is_low, high, low)], axis=1)
         where = np.stack([np.minimum(at_low, at_high), np.maximum(at_low, at_high)], axis=1)
         keep = np.stack([np.ones(len(low), dtype=bool), at_low != at_high], axis=1)
         start = np.flatnonzero(known) * self._width
-        share = (where - start[:, None]) / max(1, self._width - 1)
-        share = np.minimum(share, 1.0)
+        share = (where - start[:, None]) / np.maximum(1, lengths - 1)[:, None]
         at = {axis: (ends[:, :1, i] + share * (ends[:, 1:, i] - ends[:, :1, i]))[keep] for i, axis in enumerate(AXES)}
         at["step"] = np.round(at["step"])
         return Curve(values=values[keep], at=at)
@@ -146,10 +148,6 @@ class History:
             return *parts, self._ends
         values = np.array([[values.get(field, math.nan)] for _, values in self._open])
         reduced = _reduce(values, len(values), n * self._width)
-        # The unfinished bucket's positions are shares of a full one: its last record is put where a full bucket's would be.
-        stretch = (self._width - 1) / max(1, len(values) - 1)
-        for i in (2, 3):
-            reduced[i][:] = np.round((reduced[i] - n * self._width) * stretch).astype(np.int64) + n * self._width
         ends = np.concatenate([self._ends, _ends(self._open, len(self._open))])
         return *(np.concatenate([part, new[:, 0]]) for part, new in zip(parts, reduced)), ends
 

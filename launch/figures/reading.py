@@ -197,5 +197,9 @@ def _lines(block: bytes) -> list[bytes]:
 def without_loads(line: bytes) -> bytes:
     """A record's line without its expert loads, which are most of a large model's: they are read again where they are shown."""
     start = line.find(b'"expert_load":[[')
-    end = line.find(b"]],", start) if start >= 0 else -1
-    return line[:start] + line[end + 3 :] if end >= 0 else line
+    end = line.find(b"]]", start) + 2 if start >= 0 else 1
+    if end < 2:
+        return line
+    if line[end : end + 1] == b",":
+        return line[:start] + line[end + 1 :]
+    return line[: start - 1] + line[end:] if line[start - 1 : start] == b"," else line
