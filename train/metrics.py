@@ -182,7 +182,7 @@ def from_plain(cls: type, plain: Any) -> Any:
     return cls(**{n: v for n, v in values.items() if n in known})
 
 
-_hints = functools.cache(typing.get_type_hints)  # of some twenty lines of a file in a millisecond
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _fits(value: Any, annotation: Any) -> bool:
