@@ -70,6 +70,8 @@ class StepRecord:
     exposed_seconds: float | None = None  # part of those in which the rank computes nothing
     hidden_share: float | None = None  # the other part, 0 to 1; None also where nothing is exchanged
     pair_hidden_share: float | None = None  # likewise, inside actions that overlap a forward and a backward
+    data_seconds: float | None = None  # that ranks read the step's samples, mean over ranks
+    breakdown: dict[str, float] | None = None  # of a traced step: `step_seconds` by part of `parallel/trace_divide.py`, mean over ranks
     checkpoint: str | None = None  # what came of saving since the last record: saved, skipped or failed step N, and why
     checkpoint_seconds: float | None = None  # that training stood still for it
     memory_gb: float | None = None  # peak of the fullest rank, 1e9 bytes
