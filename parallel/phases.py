@@ -128,7 +128,7 @@ class ComputePhase:
     def backward(self, saved: list, *grads) -> tuple:
         if saved[-1][2] is None:
             self.again(saved)
-        batch, leaves, edges = saved.pop()
+        _, leaves, edges = saved.pop()
         pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge is not None and grad is not None]
         if pairs:
             torch.autograd.backward(*zip(*pairs))
