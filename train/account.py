@@ -13,7 +13,9 @@ from typing import NamedTuple
 from ..parallel import trace_divide
 from . import sessions
 from .metrics import StepRecord
-from .sessions import Began, Ended
+from .sessions import Began, Ended, Told
+
+Record = StepRecord | Told
 
 DIVIDED = (*trace_divide.PARTS, "not divided")  # of steps that were kept
 PARTS = (*DIVIDED, "evaluation", "checkpoint", "start", "restart", "lost", "rest")
@@ -48,8 +50,8 @@ class _Row:
     lost: float = 0.0
     evaluation: float = 0.0
     checkpoint: float = 0.0
-    first: StepRecord | None = None
-    last: StepRecord | None = None
+    first: Record | None = None
+    last: Record | None = None
 
 
 @dataclass
@@ -68,8 +70,9 @@ class Account:
         self.began: dict[int, Began] = {}
         self.ended: dict[int, Ended] = {}
         self.tokens = self.lost_tokens = self.steps = self.traced = self.left_out = 0
+        self.unread: list[str] = []
         self.recent: deque[Pace] = deque(maxlen=RECENT)
-        self.last: StepRecord | None = None  # of those kept
+        self.last: Record | None = None  # of those kept
         self._rows: dict[int, _Row] = {}
         self._stretches: dict[tuple[str, str], _Stretch] = {}
 
@@ -77,13 +80,21 @@ class Account:
     def of(cls, run_dir: Path) -> "Account":
         """Of everything in a directory, as it is now."""
         account = cls()
-        began, ended = sessions.events(run_dir)
-        for event in [*began, *ended.values()]:
-            account.note(event)
-        for name in sessions.FILES:
-            for record in sessions.records(run_dir / name):
-                account.take(record, lost=name != sessions.FILES[0])
+        for name in (sessions.NAME, *sessions.FILES):
+            try:
+                account._read(run_dir / name)
+            except OSError as error:
+                account.unread.append(f"{name} cannot be read: {error.strerror}")
         return account
+
+    def _read(self, path: Path) -> None:
+        if path.name == sessions.NAME:
+            began, ended = sessions.events(path.parent)
+            for event in [*began, *ended.values()]:
+                self.note(event)
+        else:
+            for record in sessions.records(path):
+                self.take(record, lost=path.name != sessions.FILES[0])
 
     def note(self, event: Began | Ended) -> None:
         """A line of `sessions.jsonl`. The second begin of one session is left out."""
@@ -95,7 +106,7 @@ class Account:
         else:
             self.ended[event.session] = event
 
-    def take(self, record: StepRecord, lost: bool = False) -> None:
+    def take(self, record: Record, lost: bool = False) -> None:
         """`lost`: of `metrics_lost.jsonl`."""
         extra = (record.eval_seconds or 0.0, record.checkpoint_seconds or 0.0)
         if not all(map(_sound, (record.seconds, record.step_seconds, *extra))):
@@ -116,7 +127,7 @@ class Account:
 
     # ------------------------------------------------------------ steps
 
-    def _divide(self, record: StepRecord, row: _Row) -> None:
+    def _divide(self, record: Record, row: _Row) -> None:
         began = self.began.get(record.session)
         stretch = self._stretches.setdefault((record.phase, began.layout if began else ""), _Stretch())
         shares = _shares(record)
@@ -152,7 +163,7 @@ class Account:
 
     def held(self) -> tuple[list[Held], list[str]]:
         """Sessions in order, and sentences about what could not be told."""
-        notes = [f"{self.left_out} lines with times or prices that no run has are left out"] * bool(self.left_out)
+        notes = [*self.unread, *[f"{self.left_out} lines with times or prices that no run has are left out"] * bool(self.left_out)]
         divided, before, found = self._divided(), 0.0, []
         for session in sorted({*self.began, *self._rows}):
             row, end = self._rows.get(session, _Row()), self.ended.get(session)
@@ -185,12 +196,12 @@ def _sound(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def _own(record: StepRecord) -> float:
+def _own(record: Record) -> float:
     """Seconds that the record itself tells of."""
     return record.step_seconds + (record.eval_seconds or 0.0) + (record.checkpoint_seconds or 0.0)
 
 
-def _shares(record: StepRecord) -> dict[str, float] | None:
+def _shares(record: Record) -> dict[str, float] | None:
     """Of a traced step; None where it was not traced, or its parts are no numbers."""
     told = record.breakdown or {}
     parts = {name: told.get(name, 0.0) for name in trace_divide.PARTS}

@@ -5,6 +5,7 @@ measured runs overlay. Other places to send records to are in `sinks/`.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from typing import Any
 from ..conf.schema import Config, ParallelConfig
 
 LOST = "metrics_lost.jsonl"
+# What a line that is no record may raise: JSON of any depth, numbers of any size, and anything under `nonfinite`.
+BAD_LINE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +180,13 @@ def from_plain(cls: type, plain: Any) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     if missing := [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]:
         raise ValueError(f"no {', '.join(missing)}")
-    for name, annotation in typing.get_type_hints(cls).items():
+    for name, annotation in _hints(cls).items():
         if name in values and not _fits(values[name], annotation):
             raise ValueError(f"{name} = {values[name]!r} is not {annotation}")
     return cls(**{n: v for n, v in values.items() if n in known})
+
+
+_hints = functools.cache(typing.get_type_hints)  # takes longer than to read a short record
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -204,8 +210,9 @@ def to_line(record: StepRecord) -> str:
     return json.dumps(to_plain(record), separators=(",", ":"), allow_nan=False) + "\n"
 
 
-def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None]) -> Iterator[StepRecord]:
-    """Records of a metrics file, one at a time. A line that is none is passed over and told: (number, what is wrong, torn).
+def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None], kind: type = StepRecord) -> Iterator:
+    """Records of a metrics file, one at a time. A line that is none is passed over and told: (number, what is wrong, torn). `kind`: what
+    they are read as, a dataclass with some of a record's fields.
 
     A torn line is the last of the file without its newline: what a killed process leaves, and no cause for alarm.
     """
@@ -214,8 +221,8 @@ def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None]
             if not line.strip():
                 continue
             try:
-                yield from_plain(StepRecord, json.loads(line))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                yield from_plain(kind, json.loads(line))
+            except BAD_LINE as error:
                 on_bad_line(number, str(error), not line.endswith("\n"))
 
 
@@ -279,7 +286,7 @@ def _read(path: Path) -> str:
 def _parse(line: str) -> StepRecord | None:
     try:
         return from_plain(StepRecord, json.loads(line))
-    except (ValueError, KeyError, TypeError, IndexError):
+    except BAD_LINE:
         return None
 
 
