@@ -1,4 +1,4 @@
-"""Commands that start runs and look at them: train, launch, doctor, runs, report."""
+"""Commands that start runs and look at them: train, launch, doctor, runs, dollars, report."""
 
 import argparse
 from collections.abc import Sequence
@@ -99,6 +99,16 @@ def _runs(args: argparse.Namespace) -> None:
     command.call("shoestring.launch.overview.command:main", **{key: value for key, value in vars(args).items() if key != "command"})
 
 
+def _dollars_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/tiny; it may be running")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print everything as JSON")
+
+
+def _dollars(args: argparse.Namespace) -> None:
+    environment.prepare(threads=1)
+    print(command.call("shoestring.launch.dollars:show", args.run_dir, as_json=args.as_json))
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/tiny")
 
@@ -151,6 +161,12 @@ COMMANDS = {
             "shoestring runs runs/sweep --csv runs.csv",
             "shoestring runs compare runs/a runs/b --html compare.html",
         ),
+    ),
+    "dollars": command.Command(
+        help="where each dollar of a run went, and what is still to come",
+        arguments=_dollars_arguments,
+        run=_dollars,
+        examples=("shoestring dollars runs/tiny", "shoestring dollars runs/tiny --json"),
     ),
     "report": command.Command(
         help="write a run's report.html again from its records",
