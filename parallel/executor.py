@@ -84,7 +84,8 @@ class Executor:
                 interleave([run.start(op) for op in reversed(action)])  # backward first
             run.release()
             for stage in sorted({op.stage for op in action if last_of[op.stage] == i}):
-                done(stage)
+                with self.tracer.reduce(stage):
+                    done(stage)
         return run.finish()
 
 
@@ -153,6 +154,9 @@ class _Step:
         for phase in reversed(self.executor.stages[op.stage]):
             if isinstance(phase, ComputePhase):
                 with self.tracer.compute(op, phase.name):
+                    if phase.recompute:
+                        with self.tracer.recompute(op, phase.name):
+                            phase.again(saved)
                     grads = phase.backward(saved, *grads)
                 if len(store):  # no name for the closures here: it would keep what they hold after they have run
                     waiting.append((phase.name, store.take()))

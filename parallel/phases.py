@@ -119,11 +119,16 @@ class ComputePhase:
         self.after(*outputs)
         return outputs
 
+    def again(self, saved: list) -> None:
+        """Forward once more, just before `backward`, of a phase with `recompute`."""
+        batch, leaves, _ = saved.pop()
+        with torch.enable_grad():
+            saved.append((batch, leaves, _edges(self.compute(batch, *leaves))))
+
     def backward(self, saved: list, *grads) -> tuple:
-        batch, leaves, edges = saved.pop()
-        if edges is None:
-            with torch.enable_grad():
-                edges = _edges(self.compute(batch, *leaves))
+        if saved[-1][2] is None:
+            self.again(saved)
+        _, leaves, edges = saved.pop()
         pairs = [(edge, grad) for edge, grad in zip(edges, grads) if edge is not None and grad is not None]
         if pairs:
             torch.autograd.backward(*zip(*pairs))

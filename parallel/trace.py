@@ -8,6 +8,9 @@ a file that Chrome and Perfetto open, a Gantt picture (`launch/figures/gantt.py`
     link       a pipeline transfer: "recv" from when it was posted until it was over, or (gloo does not tell) until it had been waited for;
                "send" until its bytes had left, or, where nobody tells, a moment
     pair       an action that overlaps two ops
+    recompute  the part of a phase's backward that computes its forward again
+    reduce     sums of a stage's gradients are being started, under the rest of the step
+    section    what the step around the executor is at: its phase is data, forward and backward, reduce, update ...
 
 On a GPU all of these are events of the streams, so that they say when kernels ran, not when the host asked for them.
 """
@@ -28,11 +31,12 @@ from .schedule.ops import Action, Op
 from .transport import Work
 
 FORMAT = "shoestring trace 1"
+PIPELINE = ("compute", "exchange", "link", "pair")  # of the executor: what Gantt pictures show, and bubbles are a share of
 
 
 class Span(NamedTuple):
     rank: int
-    what: str  # compute | exchange | link | pair
+    what: str  # compute | exchange | link | pair | recompute | reduce | section
     kind: str  # F, B, I or W; "send" or "recv" of a link; "F&B" of a pair
     stage: int
     micro_batch: int
@@ -59,6 +63,14 @@ class Tracer:
         """Around the weight gradients that a phase's backward left."""
         return _NOTHING
 
+    def recompute(self, op: Op, phase: str) -> AbstractContextManager:
+        """Around the part of `compute` in which a phase that kept nothing runs forward again."""
+        return _NOTHING
+
+    def reduce(self, stage: int) -> AbstractContextManager:
+        """Around the start of a stage's sums over replicas."""
+        return _NOTHING
+
     def pack(self, op: Op, phase: str) -> AbstractContextManager:
         """Around what a communication phase computes before its bytes are sent, up to their issue."""
         return _NOTHING
@@ -79,10 +91,12 @@ class Recorder(Tracer):
         self.rank = rank
         self.clock = _DeviceClock() if torch.device(device).type == "cuda" else _HostClock()
         self.spans: list[list] = []  # as Span, with the clock's moments; an end of None: not known to be over
+        self._section: list | None = None
 
     def begin(self, group: dist.ProcessGroup | None = None) -> None:
         """Collective. All ranks leave a barrier at one moment: the origin of their clocks."""
         self.spans.clear()
+        self._section = None
         self.clock.settle()
         dist.barrier(group)
         self.clock.begin()
@@ -105,8 +119,20 @@ class Recorder(Tracer):
     def weights(self, op: Op, phase: str) -> AbstractContextManager:
         return self._span("compute", "W", op, phase)
 
+    def recompute(self, op: Op, phase: str) -> AbstractContextManager:
+        return self._span("recompute", op.kind, op, phase)
+
+    def reduce(self, stage: int) -> AbstractContextManager:
+        return self._span("reduce", "", Op("B", stage, 0), "")
+
     def pack(self, op: Op, phase: str) -> AbstractContextManager:
         return self._span("compute", op.kind, op, phase)
+
+    def section(self, name: str) -> None:
+        """The step has come to this; "": to nothing that has a name."""
+        if self._section is not None:
+            self._section[7] = self.clock.now()
+        self._section = self._open("section", "", Op("", 0, 0), name) if name else None
 
     def issue(self, op: Op, phase: str, pending: Pending) -> Pending:
         if pending.work is None:
@@ -190,7 +216,8 @@ class _DeviceClock:
 
 # ---------------------------------------------------------------- the file
 
-LANES = ("compute", "exchange F", "exchange B", "link", "pair")  # of a rank, as threads of a process
+LANES = ("compute", "exchange F", "exchange B", "link", "pair", "step")  # of a rank, as threads of a process
+_LANE = {"recompute": "compute", "reduce": "step", "section": "step"}  # of others than the one of their name
 
 
 def write_trace(path: Path, spans: Iterable[Span], **facts: Any) -> None:
@@ -207,8 +234,8 @@ def _names(rank: int) -> list[dict]:
 
 
 def _event(s: Span) -> dict:
-    lane = f"exchange {'F' if s.kind == 'F' else 'B'}" if s.what == "exchange" else s.what
-    name = f"{s.stage}{s.kind}{s.micro_batch} {s.phase}".rstrip()
+    lane = f"exchange {'F' if s.kind == 'F' else 'B'}" if s.what == "exchange" else _LANE.get(s.what, s.what)
+    name = f"{s.stage}{s.kind}{s.micro_batch} {s.phase}".rstrip() if s.what in PIPELINE else s.phase or s.what
     times = {"ts": round(s.start * 1e6, 1), "dur": round((s.end - s.start) * 1e6, 1)}
     args = {"what": s.what, "kind": s.kind, "stage": s.stage, "micro_batch": s.micro_batch, "phase": s.phase}
     return {"ph": "X", "pid": s.rank, "tid": LANES.index(lane), "name": name, "cat": s.what, **times, "args": args}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .trace import Span
+from .trace import PIPELINE, Span
 
 Interval = tuple[float, float]
 
@@ -24,6 +24,7 @@ class Measured:
 
 def measure(spans: Sequence[Span]) -> Measured:
     """Raises ValueError without any span."""
+    spans = [s for s in spans if s.what in PIPELINE]
     if not spans:
         raise ValueError("a trace without spans: no step was recorded")
     seconds = max(s.end for s in spans) - min(s.start for s in spans)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..conf.schema import Config
-from . import cost, ledger, metrics
+from . import cost, ledger, metrics, sessions
 from .budget import Budget
 
 
@@ -34,7 +34,7 @@ class Books:
 
     def begin(self, config: Config, step: int) -> None:
         """The session goes on from `step`. What was recorded of later ones is lost; what the job waited for is the run's, too."""
-        self._open(config, step, ledger.waited(self.run_dir, self.job, self._began, ledger.this_boot()))
+        self._open(config, step, sessions.waited(self.run_dir, self.job, self._began, sessions.this_boot()))
         self.budget.step_took(self._past.step_seconds)
 
     def back(self, config: Config, step: int) -> None:
@@ -46,18 +46,18 @@ class Books:
         self._config = config
         devices, second = cost.num_devices(config), cost.dollars(1.0, cost.num_devices(config), config.cluster)
         past = metrics.rewind(self.metrics_path, step)
-        begun, ends = ledger.events(self.run_dir)
+        begun, ends = sessions.events(self.run_dir)
         # A session may have left no record, and it lasts longer than to its last one.
         spent = lambda name: max([getattr(past, name), *(getattr(end, name) for end in ends.values())])
         self._past = dataclasses.replace(
             past, session=max([past.session, *(earlier.session + 1 for earlier in begun)]), seconds=spent("seconds") + waited,
             dollars=spent("dollars") + waited * second, gpu_hours=spent("gpu_hours") + waited * devices / 3600,
         )  # fmt: skip
-        began = ledger.Began(
-            session=self.session, job=self.job, time_unix=time.time(), boot=ledger.this_boot(), monotonic=self._began,
-            seconds=self._past.seconds, devices=devices, dollars=second,
+        began = sessions.Began(
+            session=self.session, job=self.job, time_unix=time.time(), boot=sessions.this_boot(), monotonic=self._began,
+            seconds=self._past.seconds, devices=devices, dollars=second, layout=metrics.layout_name(config.parallel),
         )  # fmt: skip
-        ledger.note(self.run_dir, began)
+        sessions.note(self.run_dir, began)
 
     def so_far(self) -> dict[str, float]:
         """Fields of a record: seconds that the devices were held, restarts and lost work included; dollars and GPU-hours of them."""
@@ -77,6 +77,6 @@ class Books:
 
     def end(self, standing: float) -> None:
         """`standing`: seconds that the loop stood still for saves that no record has told of. Writes `ledger.json`."""
-        ended = ledger.Ended(session=self.session, standing=standing, time_unix=time.time(), **self.so_far())
-        ledger.note(self.run_dir, ended)
+        ended = sessions.Ended(session=self.session, standing=standing, time_unix=time.time(), **self.so_far())
+        sessions.note(self.run_dir, ended)
         metrics.replace_file(self.run_dir / "ledger.json", json.dumps(dataclasses.asdict(ledger.account(self.run_dir)), indent=1) + "\n")

@@ -20,6 +20,8 @@ from typing import Any
 from ..conf.schema import Config, ParallelConfig
 
 LOST = "metrics_lost.jsonl"
+# What a line that is no record may raise: JSON of any depth, numbers of any size, and anything under `nonfinite`.
+BAD_LINE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class StepRecord:
     exposed_seconds: float | None = None  # part of those in which the rank computes nothing
     hidden_share: float | None = None  # the other part, 0 to 1; None also where nothing is exchanged
     pair_hidden_share: float | None = None  # likewise, inside actions that overlap a forward and a backward
+    data_seconds: float | None = None  # that ranks read the step's samples, mean over ranks
+    breakdown: dict[str, float] | None = None  # of a traced step: `step_seconds` by part of `parallel/trace_divide.py`, mean over ranks
     checkpoint: str | None = None  # what came of saving since the last record: saved, skipped or failed step N, and why
     checkpoint_seconds: float | None = None  # that training stood still for it
     memory_gb: float | None = None  # peak of the fullest rank, 1e9 bytes
@@ -182,7 +186,7 @@ def from_plain(cls: type, plain: Any) -> Any:
     return cls(**{n: v for n, v in values.items() if n in known})
 
 
-_hints = functools.cache(typing.get_type_hints)
+_hints = functools.cache(typing.get_type_hints)  # takes longer than to read a short record
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -206,8 +210,9 @@ def to_line(record: StepRecord) -> str:
     return json.dumps(to_plain(record), separators=(",", ":"), allow_nan=False) + "\n"
 
 
-def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None]) -> Iterator[StepRecord]:
-    """Records of a metrics file, one at a time. A line that is none is passed over and told: (number, what is wrong, torn).
+def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None], kind: type = StepRecord) -> Iterator:
+    """Records of a metrics file, one at a time. A line that is none is passed over and told: (number, what is wrong, torn). `kind`: what
+    they are read as, a dataclass with some of a record's fields.
 
     A torn line is the last of the file without its newline: what a killed process leaves, and no cause for alarm.
     """
@@ -216,8 +221,8 @@ def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None]
             if not line.strip():
                 continue
             try:
-                yield from_plain(StepRecord, json.loads(line))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                yield from_plain(kind, json.loads(line))
+            except BAD_LINE as error:
                 on_bad_line(number, str(error), not line.endswith("\n"))
 
 
@@ -281,7 +286,7 @@ def _read(path: Path) -> str:
 def _parse(line: str) -> StepRecord | None:
     try:
         return from_plain(StepRecord, json.loads(line))
-    except (ValueError, KeyError, TypeError, IndexError):
+    except BAD_LINE:
         return None
 
 

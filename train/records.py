@@ -56,6 +56,7 @@ def make_record(
         router_entropy=result.router_entropy,
         fp8_sentinel=look.over_blocks() if look else None,
         fp8_left_out=sorted(sentinel.left_out) or None if sentinel else None,
+        data_seconds=sum(heard.each["busy_data"]) / len(heard.each["busy_data"]),
         memory_gb=max(heard.each["memory"]) / 1e9,
         time_unix=time.time(),
         **measured,

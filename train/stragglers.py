@@ -12,13 +12,13 @@ there data alone is compared in each step, and what devices compute in traced on
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..conf.schema import ParallelConfig
 from ..parallel.own_time import OwnTime
-from ..parallel.trace import Span
+from ..parallel.trace import PIPELINE, Span
 from .step import Beat, silent
 
 TITLES = {"busy_data": "data", "busy_compute": "forward and backward", "busy_update": "update"}  # by signal
@@ -37,6 +37,7 @@ class Busy:
         self._phase, self._began, self._own_began = "", time.monotonic(), self.own()
         self._own, self._all = dict.fromkeys(TITLES.values(), 0.0), {"": 0.0}
         self._step = self._told = 0
+        self.turned: Callable[[str], None] = silent  # told of each phase that begins, "": of none
 
     def __call__(self, phase: str, step: int | None = None) -> None:
         self._step = self._step if step is None else step
@@ -66,6 +67,7 @@ class Busy:
         if self._phase in self._own:
             self._own[self._phase] += max(0.0, own - self._own_began)
         self._phase, self._began, self._own_began = phase, now, own
+        self.turned(phase)
 
 
 class Stragglers:
@@ -100,7 +102,8 @@ class Stragglers:
         computed = np.zeros((1, len(self._stage)))
         for span in spans:
             computed[0, span.rank] += (span.end - span.start) * (span.what == "compute")
-        seconds = max(s.end for s in spans) - min(s.start for s in spans)
+        pipeline = [s for s in spans if s.what in PIPELINE]
+        seconds = max(s.end for s in pipeline) - min(s.start for s in pipeline)
         peers = self._by_stage(computed)[0]
         late = computed[0] - peers > max(self.share * seconds, LEAST_S)
         again, self._late_in_trace = late & self._late_in_trace & bool(self.share), late

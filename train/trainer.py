@@ -105,7 +105,7 @@ class _Session:
         )
         mttf_s = config.cluster.mttf_gpu_hours * 3600 / dist.get_world_size()
         self.saves = Saves(self.checkpointer, config.checkpoint, mttf_s=mttf_s, log=self.log)
-        self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device, self.log)
+        self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device, self.beat, self.log)
         self.progress, self.part = Progress(), None
         self.sound = Sound(config.guard, self._of_first(lambda: left_out.read(self.run_dir)), self.run_dir, log)
         self.guard = self.sound.guard
@@ -314,7 +314,7 @@ class _Session:
         p.samples += len(samples)
         p.sample = int(samples[-1]) + 1
         seconds, interval = time.monotonic() - began, phase.config.train.eval_interval
-        traced = self.traces.finish(p.step, self.part.engine.executor, self.part.stragglers)
+        traced = self.traces.finish(p.step, self.part.engine.executor, self.part.stragglers, seconds)
         held_out = self.part.evaluate() if p.step == phase.end_step or (interval and p.step % interval == 0) else None
         spent = {**self.books.so_far(), "session": self.books.session}
         record = make_record(

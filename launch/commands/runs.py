@@ -1,4 +1,4 @@
-"""Commands that start runs and look at them: train, launch, doctor, runs, report."""
+"""Commands that start runs and look at them: train, launch, doctor, runs, dollars, report."""
 
 import argparse
 import importlib.util
@@ -100,6 +100,16 @@ def _runs(args: argparse.Namespace) -> None:
     command.call("shoestring.launch.overview.command:main", **{key: value for key, value in vars(args).items() if key != "command"})
 
 
+def _dollars_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/tiny; it may be running")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print everything as JSON")
+
+
+def _dollars(args: argparse.Namespace) -> None:
+    environment.prepare(threads=1)
+    print(command.call("shoestring.launch.dollars:show", args.run_dir, as_json=args.as_json))
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/tiny")
 
@@ -176,6 +186,12 @@ COMMANDS = {
             "shoestring dash                                               the runs in runs/, at http://127.0.0.1:8050/",
             "shoestring dash runs/a runs/b --port 0                        these two, side by side, on any free port",
         ),
+    ),
+    "dollars": command.Command(
+        help="where each dollar of a run went, and what is still to come",
+        arguments=_dollars_arguments,
+        run=_dollars,
+        examples=("shoestring dollars runs/tiny", "shoestring dollars runs/tiny --json"),
     ),
     "report": command.Command(
         help="write a run's report.html again from its records",

@@ -101,12 +101,20 @@ def _to_go(run: Run) -> Tile:
     if run.state == "complete":
         return Tile("To go", "done", f"in {units.duration(run.seconds)}")
     ahead = run.projection()
-    if ahead is None:
+    if ahead is None or ahead.seconds.middle is None:
         return Tile("To go", "–", "")
     s, d = ahead.seconds, ahead.dollars
-    spread = f"{units.duration(s.low)} to {units.duration(s.high)}; " if s.high > s.low else ""
-    when = time.strftime("%d %b %H:%M", time.gmtime(time.time() + s.likely)) + " UTC" if run.state == "running" and s.likely < 1e9 else ""
-    return Tile("To go", units.duration(s.likely), f"projected: {spread}{units.money(d.likely)} more{f'; {when}' if when else ''}")
+    spread = f"{units.duration(s.low)} to {units.duration(s.high)}, " if (s.low, s.high) != (s.middle, s.middle) else ""
+    parts = [f"projected: {spread}{units.money(d.middle)} more"]
+    if run.state == "running":
+        parts.append(f"until {_when(ahead.ends_unix.middle)}")
+    if (limit := next((limit for limit in ahead.limits if limit.name == ahead.first), None)) is not None:
+        parts.append(f"{limit.name} ends it at step {limit.step.middle:,.0f}")
+    return Tile("To go", units.duration(s.middle), "; ".join(parts))
+
+
+def _when(unix: float | None) -> str:
+    return time.strftime("%d %b %H:%M UTC", time.gmtime(unix)) if unix is not None and 0 < unix < 1e11 else "–"
 
 
 def method(run: Run) -> list[str]:

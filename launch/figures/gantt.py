@@ -7,7 +7,7 @@ them can be drawn; what a bar is, is told on hovering where there are few enough
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...parallel.trace import Span, read_trace
+from ...parallel.trace import PIPELINE, Span, read_trace
 from ...train import units
 from .chart import Chart
 
@@ -34,6 +34,7 @@ def make_gantt(folder: Path, notes: list[str], step: int | None = None) -> Chart
 
 def gantt(spans: Sequence[Span], facts: dict, *, file: str) -> Chart:
     """`facts`: what `write_trace` was given: the step and its measures."""
+    spans = [s for s in spans if s.what in PIPELINE]
     all_ranks = sorted({s.rank for s in spans})
     ranks = all_ranks[:MAX_RANKS]
     row_of = {rank: row for row, rank in enumerate(ranks)}

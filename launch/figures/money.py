@@ -10,7 +10,8 @@ from .run import Run
 SECTION = "Money"
 # Those that train, those that are the price of parallelism, those of keeping on, those of nothing: a colour for each kind.
 COLORS = {
-    "compute": "@green", "recompute": "@yellow", "exposed all-to-all": "@orange", "bubble": "@orange", "imbalance": "@orange",
+    "compute": "@green", "steps, not divided": "@green", "recompute": "@yellow", "exposed all-to-all": "@orange",
+    "bubble": "@orange", "imbalance": "@orange",
     "update": "@blue", "data": "@purple", "evaluation": "@blue", "checkpoint": "@purple", "start": "@purple", "restart": "@red",
     "lost work": "@red", "idle": "@muted",
 }  # fmt: skip
@@ -27,8 +28,8 @@ def charts(runs: Sequence[Run], over: Axis) -> list[Chart | None]:
 
 def waterfall(run: Run) -> Chart | None:
     """Each part on the shoulders of those before it; the last bar is all of them."""
-    account = run.account()
-    parts = [part for part in account.parts if part.dollars > 0] if account else []
+    found = run.waterfall()
+    parts = [part for part in found.parts if part.dollars > 0] if found else []
     if not parts:
         return None
     whole = sum(part.dollars for part in parts)
@@ -60,7 +61,7 @@ def waterfall(run: Run) -> Chart | None:
 
 def _shares(runs: Sequence[Run]) -> Chart | None:
     """Of several runs: a bar for each, of the same parts."""
-    accounts = {run: account for run in runs if (account := run.account()) and any(part.dollars > 0 for part in account.parts)}
+    accounts = {run: found for run in runs if (found := run.waterfall()) and any(part.dollars > 0 for part in found.parts)}
     if not accounts:
         return None
     names = list(dict.fromkeys(part.name for account in accounts.values() for part in account.parts if part.dollars > 0))
@@ -100,13 +101,13 @@ def spent(runs: Sequence[Run]) -> Chart | None:
         budget = run.config.budget_usd if run.config else 0.0
         ahead = run.projection()
         at, now = run.seconds, run.number("dollars")
-        if ahead and at is not None and now is not None and ahead.dollars.likely > 0:
-            for bound, dash in (("low", "dot"), ("likely", "dash"), ("high", "dot")):
+        if ahead and at is not None and now is not None and ahead.dollars.middle:
+            for bound, dash in (("low", "dot"), ("middle", "dash"), ("high", "dot")):
                 x = [at / over.unit, (at + getattr(ahead.seconds, bound)) / over.unit]
                 y = [now, now + getattr(ahead.dollars, bound)]
                 data.append({"type": "scatter", "mode": "lines", "x": x, "y": y,
-                "name": "projected" if bound == "likely" else f"projected, {bound}",
-                             "line": {"color": "@muted", "width": 1.4, "dash": dash}, "showlegend": bound == "likely",
+                "name": "projected" if bound == "middle" else f"projected, {bound}",
+                             "line": {"color": "@muted", "width": 1.4, "dash": dash}, "showlegend": bound == "middle",
                              "hovertemplate": f"projected ({bound}): $%{{y:.4~g}}<extra></extra>"})  # fmt: skip
             subtitle += "; dashed: projected from the last steps"
         if budget:

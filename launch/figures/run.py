@@ -16,8 +16,12 @@ from ...conf.compose import load_saved
 from ...conf.errors import ConfigError
 from ...conf.phases import num_steps, num_tokens
 from ...conf.schema import Config
-from ...train import metrics
+from ...train import metrics, projection, sessions, waterfall
+from ...train.account import Account
 from ...train.metrics import Summary
+from ...train.projection import Projection
+from ...train.sessions import Began, Ended, Told
+from ...train.waterfall import Waterfall
 from .. import last_try, lease
 from ..overview.read import state_of
 from .history import AXES, History
@@ -46,16 +50,22 @@ class Run:
         self._follower = _Recorder(self.path / "metrics.jsonl", self._take)
         self._seen: dict[str, tuple | None] = {}
         self._alerts: list[Event] = []
+        self._sessions: list[Began | Ended] = []
+        self.lost: list[dict[str, Any]] = []
         self._clear()
         self.config: Config | None = None
         self.config_text = self.config_note = ""
         self.summary: Summary | None = None
         self.ended: last_try.Ended | None = None
         self.owner: str = ""
-        self.lost: list[dict[str, Any]] = []
         self.traces: list[int] = []  # steps
 
     def _clear(self) -> None:
+        self._account = Account()
+        for event in self._sessions:
+            self._account.note(event)
+        for record in self.lost:
+            self._account.take(_told(record), lost=True)
         self._events: list[Event] = []
         self._before: dict[str, Any] | None = None
         self._finite = True
@@ -76,6 +86,7 @@ class Run:
     def _small_files(self) -> None:
         self._if_changed("config.yaml", self._read_config)
         self._if_changed("summary.json", self._read_summary)
+        self._if_changed(sessions.NAME, self._read_sessions)
         self._if_changed(last_try.FILE, lambda path: setattr(self, "ended", last_try.read(self.path)))
         self._if_changed("alerts.jsonl", self._read_alerts)
         self._if_changed(metrics.LOST, self._read_lost)
@@ -122,7 +133,16 @@ class Run:
         ]  # fmt: skip
 
     def _read_lost(self, path: Path) -> None:
-        self.lost = [line for line in map(_object, (_bytes(path) or b"").splitlines()) if line]
+        before, self.lost = len(self.lost), [line for line in map(_object, (_bytes(path) or b"").splitlines()) if line]
+        for record in self.lost[before:]:
+            self._account.take(_told(record), lost=True)
+
+    def _read_sessions(self, path: Path) -> None:
+        """Each line once: it is only appended to."""
+        before, self._sessions = len(self._sessions), [e for e in map(sessions.parse,
+        (_bytes(path) or b"").decode(errors="replace").splitlines()) if e]
+        for event in self._sessions[before:]:
+            self._account.note(event)
 
     def _read_traces(self, path: Path) -> None:
         names = [entry.name for entry in os.scandir(path)] if path.is_dir() else []
@@ -135,6 +155,7 @@ class Run:
         if record is None:  # the file is read from its beginning again
             self._clear()
             return
+        self._account.take(_told(record))
         before, self._before = self._before, record
         at = {axis: _number(record.get(axis)) for axis in AXES}
         tell = lambda kind, words: self._events.append(Event(kind=kind, text=words, at=at, time_unix=_number(record.get("time_unix"))))
@@ -236,11 +257,20 @@ class Run:
             return None
         return step, loads
 
-    def account(self):
-        return None
+    def waterfall(self) -> Waterfall | None:
+        """Where each dollar went, of all that has been read; None until that is all, and where nothing is known."""
+        if self.progress < 1 or not (self._account.began or self._account.last):
+            return None
+        return waterfall.of(self._account, waterfall.recomputes(self.path) if self._account.traced else ())
 
-    def projection(self):
-        return None
+    def projection(self) -> Projection | None:
+        """Of what is still to come; None as for `waterfall`, and without a configuration."""
+        if self.progress < 1 or self.config is None:
+            return None
+        try:
+            return projection.projection(self.config, self._account)
+        except (ArithmeticError, ValueError, LookupError):  # of records that no run writes
+            return None
 
     def notes(self) -> list[str]:
         """What is missing or unusual, in sentences."""
@@ -285,6 +315,18 @@ class _Recorder(Follower):
         self._tell(record)
 
 
+def _told(record: dict[str, Any]) -> Told:
+    """What accounts need of a record, who look at the numbers themselves."""
+    get, session = record.get, record.get("session", 0)
+    return Told(
+        step=get("step", 0), tokens=get("tokens", 0), phase=str(get("phase", "main")), batch_tokens=_whole(get("batch_tokens")),
+        step_seconds=get("step_seconds"), seconds=get("seconds"), dollars=get("dollars"), gpu_hours=_number(get("gpu_hours")),
+        eval_seconds=get("eval_seconds"), checkpoint_seconds=get("checkpoint_seconds"), data_seconds=_number(get("data_seconds")),
+        breakdown=parts if isinstance(parts := get("breakdown"), dict) else None, time_unix=_number(get("time_unix")) or 0.0,
+        session=session if type(session) is int else 0,
+    )  # fmt: skip
+
+
 def _stamp(path: Path) -> tuple | None:
     try:
         stat = path.stat()
@@ -315,6 +357,10 @@ def _number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 1 << 62 else None
 
 
 def _words(value: Any, most: int = 300) -> str:

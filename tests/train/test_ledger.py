@@ -10,7 +10,7 @@ import pytest
 import torch
 from shoestring.conf.compose import load
 from shoestring.launch.local import RankFailed, fork_ranks
-from shoestring.train import ledger, trainer
+from shoestring.train import ledger, sessions, trainer
 
 from ..faults.processes import Fault
 from ..faults.runs import launch
@@ -111,19 +111,19 @@ def test_a_wall_clock_that_jumps(tmp_path):
 def test_a_torn_line_and_what_is_no_wait(tmp_path, monkeypatch):
     assert ledger.account(tmp_path).total_dollars == 0.0
     began = dict(session=0, job="a", time_unix=100.0, seconds=20.0, devices=1, dollars=1.0)
-    ledger.note(tmp_path, ledger.Began(**began, boot="monday", monotonic=5000.0))
-    with open(tmp_path / ledger.NAME, "a") as file:
+    sessions.note(tmp_path, sessions.Began(**began, boot="monday", monotonic=5000.0))
+    with open(tmp_path / sessions.NAME, "a") as file:
         file.write('{"session": 1, "jo')
-    assert len(ledger.events(tmp_path)[0]) == 1
+    assert len(sessions.events(tmp_path)[0]) == 1
     now = {"wall": 107.0, "monotonic": 5009.0}
-    monkeypatch.setattr(ledger.time, "time", lambda: now["wall"])
-    monkeypatch.setattr(ledger.time, "monotonic", lambda: now["monotonic"])
-    waited = lambda job="a", boot="monday", at=5009.0: ledger.waited(tmp_path, job, at, boot)
+    monkeypatch.setattr(sessions.time, "time", lambda: now["wall"])
+    monkeypatch.setattr(sessions.time, "monotonic", lambda: now["monotonic"])
+    waited = lambda job="a", boot="monday", at=5009.0: sessions.waited(tmp_path, job, at, boot)
     assert (waited(), waited("b"), waited(at=5007.0)) == (9, 0, 7)
     assert (waited(boot="tuesday"), waited(boot="tuesday", at=5006.0)) == (7, 4), "the wall clock, three seconds before now"
-    ledger.note(tmp_path, ledger.Ended(session=0, seconds=24.0, standing=0.0, time_unix=103.0))
+    sessions.note(tmp_path, sessions.Ended(session=0, seconds=24.0, standing=0.0, time_unix=103.0))
     assert (waited(), waited(boot="tuesday")) == (5, 4), "for four seconds, it ran"
     now["wall"] = 50.0  # set back
     assert (waited(), waited(boot="tuesday")) == (5, 0)
-    ledger.note(tmp_path, ledger.Began(**began | {"job": "no name"}))
-    assert ledger.waited(tmp_path, "no name", 5009.0, "") == 0, "no name for a boot is no boot"
+    sessions.note(tmp_path, sessions.Began(**began | {"job": "no name"}))
+    assert sessions.waited(tmp_path, "no name", 5009.0, "") == 0, "no name for a boot is no boot"
