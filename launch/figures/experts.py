@@ -114,7 +114,7 @@ def _map(run: Run, fields: Sequence[str], names: Sequence[str], over: Axis, whos
         rows.append(plain(np.where(np.isfinite(cells), cells, np.nan)))
     ticks = {"tickvals": [0, 0.5, 1], "ticktext": ["0", "½", "≥ 1"], "thickness": 12, "outlinewidth": 0}
     data = [{
-        "type": "heatmap", "z": rows, "x": plain((edges[1:] + edges[:-1]) / 2), "y": list(names), "zmin": 0, "zmax": 1,
+        "type": "heatmap", "z": rows, "x": plain(edges[1:] / 2 + edges[:-1] / 2), "y": list(names), "zmin": 0, "zmax": 1,
         "colorscale": "@amount",
         "hovertemplate": "%{y}: %{z:.2f}<br>at %{x:.4s}<extra></extra>", "colorbar": {"title": {"text": "MaxVio"}, **ticks},
     }]  # fmt: skip
