@@ -65,6 +65,8 @@ class Follower:
             last = self._loaded if step is None else None
             step = math.inf if step is None else step
             place, found = self.history.place_before(step) if last is None else last, None
+        if self._identity is None:
+            return None
         try:
             with open(self.path, "rb") as file:
                 file.seek(place)
@@ -85,6 +87,8 @@ class Follower:
     def read_on(self, seconds: float = 0.2) -> bool:
         """Read for about so long; whether there is more to read at once."""
         try:
+            if not self.path.is_file():  # a pipe would not end
+                raise FileNotFoundError(self.path)
             with open(self.path, "rb") as file:
                 stat = os.fstat(file.fileno())
                 identity = (stat.st_dev, stat.st_ino)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from ...conf.compose import load_saved
@@ -87,7 +88,7 @@ class Run:
         self._if_changed("config.yaml", self._read_config)
         self._if_changed("summary.json", self._read_summary)
         self._if_changed(sessions.NAME, self._read_sessions)
-        self._if_changed(last_try.FILE, lambda path: setattr(self, "ended", last_try.read(self.path)))
+        self._if_changed(last_try.FILE, lambda path: setattr(self, "ended", last_try.read(self.path) if _stamp(path) else None))
         self._if_changed("alerts.jsonl", self._read_alerts)
         self._if_changed(metrics.LOST, self._read_lost)
         self._if_changed("traces", self._read_traces)
@@ -328,9 +329,12 @@ def _told(record: dict[str, Any]) -> Told:
 
 
 def _stamp(path: Path) -> tuple | None:
+    """Of a file or folder; None of what is not there, or would not end, such as a pipe."""
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):
+        return None
+    if not S_ISREG(stat.st_mode) and not S_ISDIR(stat.st_mode):
         return None
     return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
 

@@ -77,10 +77,14 @@ def test_an_endless_line_is_not_waited_for(tmp_path, monkeypatch):
     assert steps(follower) == [1, 2] and follower.num_bad == 1
 
 
-@pytest.mark.parametrize("what", ["directory", "nothing"])
+@pytest.mark.parametrize("what", ["directory", "pipe", "device", "nothing"])
 def test_what_is_no_file(tmp_path, what):
     if what == "directory":
         (tmp_path / "m.jsonl").mkdir()
+    elif what == "pipe":
+        os.mkfifo(tmp_path / "m.jsonl")
+    elif what == "device":
+        (tmp_path / "m.jsonl").symlink_to("/dev/zero")
     follower = Follower(tmp_path / "m.jsonl")
     follower.read_all()
     assert follower.history.count == 0 and follower.expert_load() is None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 from shoestring.conf.compose import load, to_yaml
@@ -163,3 +164,10 @@ def test_a_hostile_value_in_any_field_leaves_a_page(tmp_path, value):
         charts = make_charts([run], over=over)
         json.dumps([[chart.data, chart.layout] for chart in charts], allow_nan=False)
     assert facts.tiles(run) and facts.status(run) and facts.happened([run]) is not None and run.last["step"] == 3
+
+
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "ending.json", "lease.json", "alerts.jsonl", "sessions.jsonl", metrics.LOST, "traces"):
+        os.mkfifo(tmp_path / name)
+    run = Run(tmp_path).look_at_all()
+    assert not run.last and "There is no config.yaml" in facts.notes(run)[0]
