@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from . import experts, learning, memory, money, speed
 from .chart import Chart
 from .curves import axis
@@ -23,7 +25,7 @@ def make_charts(
 
     What cannot be drawn is told in `notes`. Raises KeyError for an `over` that is not in `AXES`.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, np.errstate(over="ignore", invalid="ignore"):  # of what no run measures
         for run in runs:
             stack.enter_context(run.lock)
         x = axis(over, runs)

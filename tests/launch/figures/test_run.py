@@ -167,7 +167,8 @@ def test_a_hostile_value_in_any_field_leaves_a_page(tmp_path, value):
 
 
 def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "ending.json", "lease.json", "alerts.jsonl", "sessions.jsonl", metrics.LOST, "traces"):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "ending.json", "lease.json", "alerts.jsonl", "sessions.jsonl",
+    metrics.LOST, "traces"):
         os.mkfifo(tmp_path / name)
     run = Run(tmp_path).look_at_all()
     assert not run.last and "There is no config.yaml" in facts.notes(run)[0]
