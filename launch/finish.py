@@ -13,6 +13,15 @@ from ..train.trainer import Outcome
 from .report import write_report
 
 
+def _report(run_dir: str) -> str:
+    """A run that has been trained does not fail for want of a page."""
+    try:
+        return f"report    {write_report(run_dir)}"
+    except Exception as error:
+        again = shlex.join(["shoestring", "report", str(run_dir)])
+        return f"report    not written ({type(error).__name__}: {error}); to try again: {again}"
+
+
 def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
     """Write the report; the closing lines. `command`: the words that started this run, to be given again."""
     again = shlex.join(command)
@@ -22,7 +31,7 @@ def conclude(config: Config, outcome: Outcome, command: Sequence[str]) -> str:
         return f"\nphase {upcoming} goes on from step {outcome.step} of {total} with {outcome.wants} process{'es' * (outcome.wants > 1)}"
     if outcome.summary is None:
         return f"nothing was trained yet. To begin:\n  {again}"
-    lines = [*_facts(outcome.summary, total), *_cost(account(Path(config.run_dir))), f"report    {write_report(config.run_dir)}"]
+    lines = [*_facts(outcome.summary, total), *_cost(account(Path(config.run_dir))), _report(config.run_dir)]
     if outcome.spent:
         lines.append(f"stopped at step {outcome.step} of {total}, {outcome.spent}. With more of it, to go on:\n  {again}")
     elif outcome.step < total:
