@@ -134,9 +134,8 @@ class Run:
         ]  # fmt: skip
 
     def _read_lost(self, path: Path) -> None:
-        before, self.lost = len(self.lost), [line for line in map(_object, (_bytes(path) or b"").splitlines()) if line]
-        for record in self.lost[before:]:
-            self._account.take(_told(record), lost=True)
+        """What grows it replaces metrics.jsonl, too: then the account is made anew, with these."""
+        self.lost = [line for line in map(_object, (_bytes(path) or b"").splitlines()) if line]
 
     def _read_sessions(self, path: Path) -> None:
         """Each line once: it is only appended to."""

@@ -94,6 +94,7 @@ def test_a_long_file_is_sampled_and_then_read(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "SAMPLED_FROM", 10_000)
     monkeypatch.setattr(reading, "TAIL", 2_000)
     monkeypatch.setattr(reading, "CHUNK", 4_096)
+    monkeypatch.setattr(reading, "SCANNED", 4_096)
     path = tmp_path / "m.jsonl"
     path.write_text("".join(line(s, loss=99.0 if s == 1234 else 1.0, expert_load=[[s, 1]]) for s in range(1, 5001)))
     follower = Follower(path)
