@@ -87,15 +87,15 @@ def test_uneven_steps():
 def test_failures_widen():
     """One session of ten steps was followed by a wait of 5 s, a start of 1 s and two lost steps."""
     account = Account()
-    for session, since in ((0, 0.0), (1, 17.0)):
+    for session, since in ((0, 0.0), (1, 20.0)):
         account.note(Began(session=session, job="", time_unix=0.0, seconds=since, devices=2, dollars=SECOND))
-    at = itertools.count(1)
+    at = itertools.count(4)  # after a first start of three seconds, which is no failure
     for number in range(1, 11):
         account.take(record(step=number, tokens=64 * number, batch_tokens=64, step_seconds=1.0, seconds=float(next(at)), time_unix=NOW))
     for number in (11, 12):
         account.take(record(step=number, batch_tokens=64, step_seconds=1.0, seconds=float(next(at))), lost=True)
     for number in range(11, 21):
-        account.take(record(step=number, tokens=64 * number, batch_tokens=64, step_seconds=1.0, seconds=8.0 + number, time_unix=NOW,
+        account.take(record(step=number, tokens=64 * number, batch_tokens=64, step_seconds=1.0, seconds=11.0 + number, time_unix=NOW,
                             session=1))  # fmt: skip
     found = projection(config("train.steps=120"), account)
     assert found.seconds.low == pytest.approx(100.0)
@@ -112,7 +112,11 @@ def test_another_phase_is_projected_by_its_flops():
     found = projection(c, ran([3.0] * 4, phase="short"))
     of = lambda seq, tokens: cost.flops_per_token(c.phases["short"].model, seq).total * tokens
     assert num_steps(c) == 15
-    assert three(found.seconds) == every(6 * 3.0 + 5 * 3.0 * of(32, 128) / of(16, 64))
+    later = 3.0 * of(32, 128) / of(16, 64)
+    assert three(found.seconds) == every(6 * 3.0 + 5 * later)
+    limit = 12 + 18 + 2.5 * later  # seconds; half of the third of the long steps is paid for
+    met = projection(dataclasses.replace(c, budget_usd=limit * SECOND), ran([3.0] * 4, phase="short")).limits[0]
+    assert three(met.step) == every(12) and three(met.time_unix) == every(NOW + limit - 12)
 
 
 def test_before_the_first_step():

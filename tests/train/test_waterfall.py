@@ -52,12 +52,12 @@ def test_two_sessions_at_two_prices():
         step(3, 24, session=1, data_seconds=0.5, checkpoint_seconds=0.125),
         step(4, 25, session=1, breakdown={"compute": 1.0, "idle": 0.0}, data_seconds=0.0),
     ]
-    lost = [step(3, 8, data_seconds=0.0), step(4, 9, breakdown=HALF)]
+    lost = [step(3, 8, data_seconds=0.0), step(4, 9, breakdown=HALF, eval_seconds=0.0625)]
     found = of(fed([began(0, 0), began(1, 20, dollars=10.0, devices=8), Ended(session=1, seconds=28.0, standing=1.0, time_unix=0.0)],
                    kept, lost))  # fmt: skip
     first = {  # until 9
-        "compute": 0.75 * 0.5 + 0.5, "exposed all-to-all": 0.75 * 0.25 + 0.25, "data": 0.25, "evaluation": 0.5, "start": 3.0,
-        "lost work": 2.0, "idle": 0.75 * 0.25 + 0.25 + 9 - 3 - 4 - 0.5,
+        "compute": 0.75 * 0.5 + 0.5, "exposed all-to-all": 0.75 * 0.25 + 0.25, "data": 0.25, "evaluation": 0.5625, "start": 3.0,
+        "lost work": 2.0, "idle": 0.75 * 0.25 + 0.25 + 9 - 3 - 4 - 0.5625,
     }  # fmt: skip
     second = {  # waited for from 9 to 20, and until 28; step 3 has the mean of steps 2's and 4's shares
         "restart": 11.0, "compute": 0.5 * 0.75 + 1, "exposed all-to-all": 0.5 * 0.125, "data": 0.5, "checkpoint": 1.125,
@@ -102,6 +102,13 @@ def test_at_any_moment():
     assert seconds(of(account)) == {"compute": 1.5, "exposed all-to-all": 0.75, "idle": 0.75}
     account.take(step(4, 4, breakdown={"compute": 1.0}))
     assert seconds(of(account)) == {"compute": 0.5 + 0.5 + 0.75 + 1, "exposed all-to-all": 0.625, "idle": 0.625}
+
+
+def test_reading_is_each_step_s_own():
+    """A traced step reads for half of itself; its other shares are for what other steps did not read in. Old records do not tell."""
+    traced = {"compute": 0.25, "bubble": 0.25, "data": 0.5}
+    found = of(fed([began(0, 0)], [step(1, 1, breakdown=traced, data_seconds=0.5), step(2, 2, data_seconds=0.25), step(3, 3)]))
+    assert seconds(found) == {"compute": 0.25 + 0.375 + 0.25, "bubble": 0.25 + 0.375 + 0.25, "data": 0.5 + 0.25 + 0.5}
 
 
 # ---------------------------------------------------------------- clocks, and what is no run
