@@ -41,6 +41,7 @@ def test_traced_steps(tmp_path):
         assert 0 <= r.hidden_share < 1 and 0 <= r.pair_hidden_share <= 1
         for rank in range(4):
             mine = [s for s in spans if s.rank == rank]
+            assert {s.phase for s in mine if s.what == "section"} == {"data", "forward and backward", "reduce", "update"}
             count = lambda what, *kinds, mine=mine: sum(s.what == what and s.kind in kinds for s in mine)
             moe_stages = 1 if rank < 2 else 2  # block 0 is dense, and stages 0 and 3 are on the first pipeline rank
             exchanges = moe_stages * 4 * 2  # micro-batches; dispatch and combine
