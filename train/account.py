@@ -171,24 +171,25 @@ class Account:
             if began is None:
                 began = _guess(session, row)
                 notes.append(f"session {session} has no begin in {sessions.NAME}: its price is that of its records")
-            until = max([began.seconds, *(r.seconds for r in [row.last, end] if r)])
+            since = max(before, began.seconds)
+            until = max([since, *(r.seconds for r in [row.last, end] if r)])
             parts = divided.get(session, dict.fromkeys(DIVIDED, 0.0)) | {
                 "evaluation": row.evaluation, "checkpoint": row.checkpoint + (end.standing if end else 0.0), "lost": row.lost,
-                "start": max(0.0, row.first.seconds - began.seconds - _own(row.first)) if row.first else 0.0,
+                "start": max(0.0, row.first.seconds - since - _own(row.first)) if row.first else 0.0,
             }  # fmt: skip
-            whole = until - began.seconds
+            whole = until - since
             told = math.fsum(parts.values())
             if told > whole + max(0.01, 1e-6 * whole):
                 notes.append(f"session {session} tells of {told:.6g} s in {whole:.6g} s: its parts are made to fit")
             fit = whole / told if told > whole else 1.0
             parts = {name: value * fit for name, value in parts.items()}
             parts["rest"] = max(0.0, whole - math.fsum(parts.values()))
-            parts["restart"] = max(0.0, began.seconds - before)
+            parts["restart"] = since - before
             if began.seconds < before - 0.01:
                 notes.append(f"session {session} began {before - began.seconds:.6g} s before the last sign of life of the one before it")
             seconds = {name: parts[name] for name in PARTS}
             found.append(Held(session=session, dollars=began.dollars, devices=began.devices, seconds=seconds))
-            before = max(before, until)
+            before = until
         return found, notes
 
 

@@ -80,10 +80,8 @@ def of(account: Account, recompute: tuple[str, ...] = ()) -> Waterfall:
     amounts = {}
     for unit, worth in (("seconds", lambda h: 1.0), ("dollars", lambda h: h.dollars), ("gpu_hours", lambda h: h.devices / 3600)):
         of_part = {key: math.fsum(h.seconds[key] * worth(h) for h in held) for key in NAMES if key != "idle"}
-        idle = math.fsum((h.seconds["idle"] + h.seconds["rest"]) * worth(h) for h in held)
         whole = math.fsum(math.fsum(h.seconds.values()) * worth(h) for h in held)
-        left = whole - math.fsum(of_part.values())
-        amounts[unit] = of_part | {"idle": left if left > 0 else idle}
+        amounts[unit] = of_part | {"idle": max(0.0, whole - math.fsum(of_part.values()))}
     parts = tuple(
         Part(name=name, source=_source(key, account), **{unit: amounts[unit][key] for unit in amounts}) for key, name in NAMES.items()
     )

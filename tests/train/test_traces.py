@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from shoestring.conf.compose import load
 from shoestring.launch.local import fork_ranks
@@ -34,10 +35,13 @@ def test_traced_steps(tmp_path):
     for r in traced[1::2]:
         spans, facts = read_trace(tmp_path / "traced" / "traces" / f"step_{r.step}.json")
         assert facts["step"] == r.step and facts["bubble"] == r.bubble and facts["seconds"] <= r.step_seconds
+        assert sum(r.breakdown.values()) == pytest.approx(r.step_seconds, rel=1e-9) and min(r.breakdown.values()) >= 0
+        assert r.breakdown["exchange"] <= r.exposed_seconds and r.breakdown["recompute"] == 0 < r.breakdown["update"]
         assert 0 <= r.bubble < 1 and 0 < r.exposed_seconds <= r.comm_seconds <= facts["seconds"]
         assert 0 <= r.hidden_share < 1 and 0 <= r.pair_hidden_share <= 1
         for rank in range(4):
             mine = [s for s in spans if s.rank == rank]
+            assert {s.phase for s in mine if s.what == "section"} == {"data", "forward and backward", "reduce", "update"}
             count = lambda what, *kinds, mine=mine: sum(s.what == what and s.kind in kinds for s in mine)
             moe_stages = 1 if rank < 2 else 2  # block 0 is dense, and stages 0 and 3 are on the first pipeline rank
             exchanges = moe_stages * 4 * 2  # micro-batches; dispatch and combine
