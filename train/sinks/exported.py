@@ -103,8 +103,8 @@ METRICS: Sequence[Metric] = (
     value=_get("bias_norm")),
     _metric("fp8_sentinel", "What FP8 costs, the worst block's, by measure.", "FP8 and memory", "none", "FP8 sentinel", label="measure",
             value=_get("fp8_sentinel")),
-    _metric("memory_peak_gigabytes", "Peak of the fullest rank, 1e9 bytes.", "FP8 and memory", "decgbytes", "Peak memory",
-            value=_get("memory_gb")),
+    _metric("memory_peak_bytes", "Peak of the fullest rank.", "FP8 and memory", "decbytes", "Peak memory",
+            value=lambda r: None if r.memory_gb is None else 1e9 * r.memory_gb),
     _metric("checkpoint_stall_seconds", "That training stood still for the last save.", "FP8 and memory", "s", "Checkpoint stall",
             value=_get("checkpoint_seconds")),
 )  # fmt: skip
