@@ -133,6 +133,17 @@ def _dash(args: argparse.Namespace) -> None:
     command.call("shoestring.launch.dash.command:main", args.folders, args.port)
 
 
+def _grafana_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of printing it")
+
+
+def _grafana(args: argparse.Namespace) -> None:
+    if args.output:
+        print(command.call("shoestring.launch.grafana:write", args.output))
+    else:
+        print(command.call("shoestring.launch.grafana:text"), end="")
+
+
 COMMANDS = {
     "train": command.Command(
         help="train a model, or go on with a run that was stopped",
@@ -192,6 +203,12 @@ COMMANDS = {
         arguments=_dollars_arguments,
         run=_dollars,
         examples=("shoestring dollars runs/tiny", "shoestring dollars runs/tiny --json"),
+    ),
+    "grafana": command.Command(
+        help="the Grafana dashboard of what launch.prometheus_port exports, as JSON to import",
+        arguments=_grafana_arguments,
+        run=_grafana,
+        examples=("shoestring grafana --output grafana.json",),
     ),
     "report": command.Command(
         help="write a run's report.html again from its records",
