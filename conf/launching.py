@@ -49,6 +49,7 @@ class LaunchConfig(Section):
     elastic: bool = False  # under torchrun: on another number of ranks than the layout's, another `edp` that fits
     wandb: str = "disabled"  # disabled | offline | online
     wandb_project: str = "shoestring"
+    wandb_group: str = ""  # of runs that belong together, such as a sweep
     prometheus_port: int = 0  # on 127.0.0.1 of the first rank's machine, whose /metrics may be scraped; 0: none
     prometheus_file: str = ""  # FILE.prom, for node_exporter's textfile collector; empty: none
     endpoint: str = ""  # launch=torchrun: HOST or HOST:PORT of the first node; empty: there is one node, this one

@@ -6,11 +6,19 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...conf.compose import to_yaml
 from ...conf.schema import Config
 from .. import metrics
 from ..metrics import StepRecord
 from .sink import Sink
+
+FILES = ("config.yaml", "metrics.jsonl", "sessions.jsonl", "tokenizer.json", "checkpoints", "traces")  # of a run, referred to
+SUMMARIES = {
+    "loss/train": "min,last", "loss/eval": "min,last", "speed/tokens_per_second_per_gpu": "mean,last", "speed/mfu": "mean,last",
+    "cost/dollars": "last", "cost/dollars_per_billion_tokens": "min,last", "router/max_vio_worst": "mean,last", "memory/peak_gb": "max",
+}  # fmt: skip
 
 
 class WandbSink(Sink):
@@ -45,6 +53,7 @@ class WandbSink(Sink):
     def _start(self, config: Config, run_dir: Path, mode: str, project: str, timeout_s: float) -> None:
         import wandb  # 1 s of imports that runs without it need not pay
 
+        self._run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
@@ -52,18 +61,50 @@ class WandbSink(Sink):
         seconds = max(1, math.ceil(timeout_s))
         self._run = wandb.init(
             project=project, name=config.name, id=id_file.read_text().strip(), dir=run_dir, mode=mode,
-            resume="allow" if mode == "online" else None, config={"yaml": to_yaml(config)},
+            group=config.launch.wandb_group or None,
+            resume="allow" if mode == "online" else None, config=settings_of(config), job_type="train",
             settings=wandb.Settings(init_timeout=seconds, login_timeout=seconds, finish_timeout=seconds, console="off", quiet=True),
         )  # fmt: skip
         # Steps that a restart repeats would be refused on W&B's own counter: the record's step is the axis.
         self._run.define_metric("*", step_metric="step")
+        for name, summary in SUMMARIES.items():
+            self._run.define_metric(name, step_metric="step", summary=summary)
 
     def _write(self, record):
         self._run.log(wandb_values(record))
 
-    def _close(self):
+    def alert(self, title: str, text: str) -> None:
+        """As W&B sends it on: by mail, or to Slack."""
         if self._run is not None:
-            self._run.finish()
+            self._guard(lambda: self._run.alert(title=title, text=text))
+
+    def _close(self):
+        if self._run is None:
+            return
+        try:
+            self._refer()
+        except Exception as error:  # what was recorded is there without it
+            print(f"W&B has no references to this run's files ({type(error).__name__}: {error})", file=sys.stderr)
+        self._run.finish()
+
+    def _refer(self) -> None:
+        """An artifact that says where the run's files are; none is sent."""
+        import wandb
+
+        artifact = wandb.Artifact(f"run-{self._run.id}", type="run", description="where this run's files are; they stay there")
+        for name in FILES:
+            if (path := self._run_dir / name).exists():
+                artifact.add_reference(path.resolve().as_uri(), name=name, checksum=False)
+        self._run.log_artifact(artifact)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Sections of sections, by which W&B compares and filters runs; of environment variables the names only: one may hold a secret."""
+    tree = yaml.safe_load(to_yaml(config))
+    for part in (tree, *tree.get("phases", {}).values()):
+        if env := part.get("cluster", {}).get("env"):
+            part["cluster"]["env"] = sorted(env)
+    return tree
 
 
 def wandb_values(record: StepRecord) -> dict[str, Any]:
@@ -83,6 +124,10 @@ def wandb_values(record: StepRecord) -> dict[str, Any]:
         "router/max_vio_worst": max(r.max_vio) if r.max_vio else None,
         "router/max_vio_mean": r.max_vio_mean, "router/rank_overload_worst": max(r.rank_overload) if r.rank_overload else None,
         "router/dead_experts": r.dead_experts, "router/bias_norm": r.bias_norm, "router/entropy": r.router_entropy,
-        "memory/peak_gb": r.memory_gb, "session": r.session,
+        "memory/peak_gb": r.memory_gb, "session": r.session, "speed/data_seconds": r.data_seconds, "cost/gpu_hours": r.gpu_hours,
+        "pipeline/bubble": r.bubble, "pipeline/exposed_seconds": r.exposed_seconds, "pipeline/hidden_share": r.hidden_share,
+        "checkpoint/seconds": r.checkpoint_seconds,
+        **{f"fp8/{name}": value for name, value in (r.fp8_sentinel or {}).items()},
+        **{f"step/{part}": seconds for part, seconds in (r.breakdown or {}).items()},
     }  # fmt: skip
     return {name: value for name, value in values.items() if value is not None}
