@@ -76,8 +76,8 @@ def _legend(metric: Metric) -> str:
 
 def _targets(queries: Sequence[tuple[str, str]]) -> list[dict]:
     return [
-        {"refId": chr(ord("A") + i), "expr": query, "legendFormat": legend, "datasource": _SOURCE} for i, (query,
-        legend) in enumerate(queries)
+        {"refId": chr(ord("A") + i), "expr": query, "legendFormat": legend, "datasource": _SOURCE}
+        for i, (query, legend) in enumerate(queries)
     ]
 
 

@@ -235,4 +235,3 @@ def _guess(session: int, row: _Row) -> Began:
 def _rate(first: float, last: float, since: float, until: float) -> float:
     rate = (last - first) / (until - since) if until > since else last / until if until else 0.0
     return rate if _sound(rate) else 0.0
-

@@ -1,12 +1,12 @@
 """Where each dollar of a run went: thirteen parts, and what cannot be divided, which add up to all that was spent.
 
-    compute .. data   of the steps that were kept, by what traced steps tell (`parallel/trace_divide.py` has each one's definition)
-    not divided       seconds of steps of a phase and layout in which no step was traced (launch.trace_interval)
-    evaluation        held-out losses                checkpoint   the loop stood still for a save
-    start             from a session's begin to its first step
-    restart           from a session's last sign of life (its last record) to the next one's begin, while both are one job's
-    lost work         steps that a restart, or going back, made undone
-    idle              what is left: between a step's parts, between steps, after the last one; it takes the rounding
+compute .. data   of the steps that were kept, by what traced steps tell (`parallel/trace_divide.py` has each one's definition)
+not divided       seconds of steps of a phase and layout in which no step was traced (launch.trace_interval)
+evaluation        held-out losses                checkpoint   the loop stood still for a save
+start             from a session's begin to its first step
+restart           from a session's last sign of life (its last record) to the next one's begin, while both are one job's
+lost work         steps that a restart, or going back, made undone
+idle              what is left: between a step's parts, between steps, after the last one; it takes the rounding
 """
 
 import math

@@ -48,16 +48,15 @@ def make_app(watch: Watch) -> Dash:
     )  # fmt: skip
     app.layout = lambda: _layout(watch)
     app.callback(
-        Output("runs", "value"), Input("url", "search"), State("runs", "value"),
-    )(lambda search, value: _asked_for(watch, search, value))  # fmt: skip
+        Output("runs", "value"), Input("url", "search"), Input("runs", "options"), State("runs", "value"),
+    )(lambda search, _, value: _asked_for(watch, search, value))  # fmt: skip
     app.callback(Output("runs", "options"), Input("search", "n_intervals"))(lambda _: _options(watch))
     app.callback(Output("url", "search"), Input("runs", "value"), State("url", "search"), prevent_initial_call=True)(_link)
     outputs = ("page.data", "seen.data", "head.children", "tiles.children", "notes.children", "tables.children", "trace-step.options")
     app.callback(
         *(Output(*name.split(".")) for name in outputs),
-        Input("clock", "n_intervals"), Input("runs", "value"), Input("over", "value"), Input("load-step", "value"), Input("trace-step",
-        "value"),
-        State("seen", "data"),
+        Input("clock", "n_intervals"), Input("runs", "value"), Input("over", "value"), Input("load-step", "value"),
+        Input("trace-step", "value"), State("seen", "data"),
     )(lambda _, names, over, load, trace, seen: _update(watch, names, over, load, trace, seen))  # fmt: skip
     app.clientside_callback("dash_clientside.shoestring.draw", Output("drawn", "data"), Input("page", "data"), Input("theme", "value"))
     return app
@@ -90,8 +89,8 @@ def _layout(watch: Watch) -> Component:
                 ],
                 className="controls",
             ),
-            html.Div(id="tiles"), html.Div(id="notes"), html.Div(id="charts", className="charts"), html.Div(id="tables",
-            className="charts tables"),
+            html.Div(id="tiles"), html.Div(id="notes"), html.Div(id="charts", className="charts"),
+            html.Div(id="tables", className="charts tables"),
         ]
     )  # fmt: skip
 
@@ -107,12 +106,14 @@ def _options(watch: Watch) -> list[dict[str, str]]:
 
 
 def _asked_for(watch: Watch, search: str | None, value: list[str] | None):
-    """The runs that the address names; without one, the run that was written to last."""
+    """At first, the runs that the address names; without one, as soon as there is any, the run that was written to last."""
+    if value is not None and ctx.triggered_id == "runs":
+        return no_update
     names = [name for name in parse_qs((search or "").removeprefix("?")).get("run", []) if name in watch.names()]
     if names:
         return names if names != value else no_update
     newest = watch.newest()
-    return no_update if value or newest is None else [newest]
+    return no_update if value is not None or newest is None else [newest]
 
 
 def _link(names: list[str] | None, search: str | None):
@@ -149,8 +150,7 @@ def _update(watch: Watch, names: Any, over: Any, load: Any, trace: Any, seen: An
         "version": version,
         "charts": [
             {"id": c.key, "title": c.title, "subtitle": c.subtitle, "section": c.section, "wide": c.wide, "height": c.height,
-            "data": c.data,
-             "layout": c.layout} for c in charts
+             "data": c.data, "layout": c.layout} for c in charts
         ],
     }  # fmt: skip
     told = {"version": version, "at": time.monotonic(), "took": time.monotonic() - began, "server": id(watch)}

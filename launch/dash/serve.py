@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def make(watch: Watch, port: int) -> BaseWSGIServer:
         return Response(_csv(runs[0].path / "metrics.jsonl"), mimetype="text/csv", headers=head)
 
     try:
-        return make_server(HOST, port, server, threaded=True)
-    except (OSError, SystemExit) as error:
+        taken = socket.create_server((HOST, port))
+    except OSError as error:
         raise ConfigError("--port", port, "is taken by another program", _free(port)) from error
+    return make_server(HOST, taken.getsockname()[1], server, threaded=True, fd=taken.detach())
 
 
 def _policy(hashes: list[str]) -> str:
@@ -73,9 +75,9 @@ def _policy(hashes: list[str]) -> str:
 def _free(port: int) -> int | None:
     for other in range(port + 1, min(port + 50, 65536)):
         try:
-            make_server(HOST, other, lambda *_: []).server_close()
+            socket.create_server((HOST, other)).close()
             return other
-        except (OSError, SystemExit):
+        except OSError:
             continue
     return None
 

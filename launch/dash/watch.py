@@ -9,7 +9,7 @@ from pathlib import Path
 from ..figures import planned
 from ..figures.planned import Planned
 from ..figures.run import Run
-from ..overview.read import find
+from ..overview.read import MARKS, find
 
 SEARCH_S = 5.0  # between two searches for new runs
 LOOK_S = 0.5  # between two looks at the files of a run that somebody looks at
@@ -99,7 +99,8 @@ class Watch:
     def _search(self) -> None:
         self._searched = time.monotonic()
         there = [root for root in self.roots if root.is_dir()]
-        paths = find(there) if there else []
+        # A folder that was named and holds nothing yet is where runs will be, not one itself.
+        paths = [path for path in find(there) if path not in there or any((path / mark).exists() for mark in MARKS)] if there else []
         self._paths = dict(zip(_names(paths), paths))
 
 

@@ -49,9 +49,7 @@ class Member:
         return f"rank {self.rank} ({self.host})"
 
 
-def look_together(
-    config: Config, device: torch.device, node: int, host: str, *, clock: Callable[[], float] = time.time
-) -> list[Line]:
+def look_together(config: Config, device: torch.device, node: int, host: str, *, clock: Callable[[], float] = time.time) -> list[Line]:
     """All that ranks find out together; on rank 0, of the others nothing."""
     members = everyones(Member(rank=dist.get_rank(), node=node, host=host, versions=_versions(device)))
     lines = [*versions(members), clocks(members, clock), *shared_folder(config, members)]

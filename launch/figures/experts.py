@@ -123,4 +123,3 @@ def _map(run: Run, fields: Sequence[str], names: Sequence[str], over: Axis, whos
     subtitle = f"MaxVio of each layer{whose} over the run, the worst of each stretch; at 1 a layer's busiest expert has twice the mean"
     height = max(230, min(480, 130 + (26 if len(names) <= 20 else 6) * len(names)))
     return Chart("max-vio-map", "Imbalance by layer", subtitle, data, layout, wide=True, height=height, section=SECTION)
-

@@ -73,7 +73,9 @@ def _value(value, run: Run):
 def _loss(value) -> str:
     if isinstance(value, str):
         return {"inf": "∞", "-inf": "-∞"}.get(value, "nan")
-    return f"{value:.3f}" if type(value) in (int, float) else "–"
+    if type(value) not in (int, float):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _beside(run: Run, planned: Planned | None) -> str:

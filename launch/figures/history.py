@@ -18,6 +18,7 @@ BUCKETS = 2048
 MAX_FIELDS = 256  # of all fields, items of lists and dictionaries counted: a hostile file has more
 MAX_ITEMS = 96  # of a list or dictionary
 RECENT = 64
+LARGEST = 1e40  # more than any FP32
 _LISTS = ("max_vio", "rank_overload", "mtp_loss")
 _WORST = ("max_vio", "rank_overload")  # of whose items the largest is a field of its own
 _SKIPPED = (*AXES, "session", "samples", "time_unix", "eta_seconds", "gpu_hours", "expert_load", "fp8_left_out", "nonfinite")
@@ -210,14 +211,14 @@ def _put(found: dict[str, float], name: str, value: Any) -> None:
 
 
 def _number(value: Any) -> float:
-    """NaN for whatever is not a finite number that a float can hold."""
+    """NaN for whatever is not a number of a size that can be measured, and drawn."""
     if type(value) not in (float, int):
         return math.nan
     try:
         number = float(value)
     except OverflowError:
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) <= LARGEST else math.nan
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

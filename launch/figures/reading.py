@@ -33,7 +33,7 @@ class Follower:
         self._read = History()  # what has been read in order
         self._samples: History | None = None  # shown until that is all
         self._offset = self._size = 0
-        self._skipping = False
+        self._skipping = self._whole = False
         self._lines = self.num_bad = 0
         self.first_bad = 0  # number of the first line that is no record
         self._loaded: int | None = None  # where the last record with expert loads is
@@ -51,13 +51,13 @@ class Follower:
 
     @property
     def progress(self) -> float:
-        """Share of the file that has been read in order."""
-        return min(1.0, self._offset / self._size) if self._size else 1.0
+        """Share of the file that has been read in order; 1 once its end was come to, whatever is appended after."""
+        return 1.0 if self._whole or not self._size else min(0.999, self._offset / self._size)
 
     @property
     def version(self) -> tuple:
         """Another one after every change."""
-        return (self._identity, self._offset, self.num_bad, self._samples is None)
+        return (self._identity, self._offset, self.num_bad, self._whole)
 
     def expert_load(self, step: int | None = None) -> tuple[float, list] | None:
         """Of that step, or of the last one before it in the same stretch; of no step: of the last that has any. With its number."""
@@ -109,9 +109,9 @@ class Follower:
                     self._identity = None
                     self._forget()
             return False
-        if self._samples is not None:
+        if not self._whole:
             with self._lock:
-                self._samples = None
+                self._samples, self._whole = None, True
         return False
 
     def read_all(self) -> None:

@@ -5,7 +5,6 @@ again when they have changed; `look` is called by one thread, everything else by
 """
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ...train.sessions import Began, Ended, Told
 from ...train.waterfall import Waterfall
 from .. import last_try, lease
 from ..overview.read import state_of
-from .history import AXES, History
+from .history import AXES, LARGEST, History
 from .reading import Follower
 
 MOST_EVENTS = 400
@@ -139,8 +138,10 @@ class Run:
 
     def _read_sessions(self, path: Path) -> None:
         """Each line once: it is only appended to."""
-        before, self._sessions = len(self._sessions), [e for e in map(sessions.parse,
-        (_bytes(path) or b"").decode(errors="replace").splitlines()) if e]
+        before, self._sessions = (
+            len(self._sessions),
+            [e for e in map(sessions.parse, (_bytes(path) or b"").decode(errors="replace").splitlines()) if e],
+        )
         for event in self._sessions[before:]:
             self._account.note(event)
 
@@ -356,10 +357,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 def _number(value: Any) -> float | None:
     if type(value) not in (int, float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 def _whole(value: Any) -> int | None:

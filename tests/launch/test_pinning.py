@@ -33,7 +33,7 @@ def _machine(root, nodes: dict[int, str], siblings: dict[int, str], gpus: dict[s
 
 def _two_sockets(root):
     """As an eight-GPU node: 2 sockets of 8 cores with 2 threads each, numbered as Linux does: 0-7 and 8-15, then their siblings."""
-    gpus = {f"0000:{0x1b + n:02x}:00.0": n // 4 for n in range(8)}
+    gpus = {f"0000:{0x1B + n:02x}:00.0": n // 4 for n in range(8)}
     return _machine(root, {0: "0-7,16-23", 1: "8-15,24-31"}, {c: f"{c % 16},{c % 16 + 16}" for c in range(32)}, gpus)
 
 

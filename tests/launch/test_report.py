@@ -230,8 +230,11 @@ def test_restarts_are_marked_and_lost_steps_priced(tmp_path):
 
 def test_many_layers_get_a_map(tmp_path):
     config = load(["model=deepseek_v3"])
-    make_run(tmp_path, [record(s, max_vio=[i / 100 for i in range(58)], max_vio_mean=0.285,
-        expert_load=[[5] * 256] * 58) for s in (1, 2)], config=config)
+    make_run(
+        tmp_path,
+        [record(s, max_vio=[i / 100 for i in range(58)], max_vio_mean=0.285, expert_load=[[5] * 256] * 58) for s in (1, 2)],
+        config=config,
+    )
     _, figures = read(tmp_path)
     assert [t["name"] for t in figures["max-vio"]["data"]] == ["worst layer", "mean over layers"]
     assert [t["y"] for t in figures["max-vio"]["data"]] == [[0.57, 0.57], [0.285, 0.285]]

@@ -138,7 +138,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_wrong(run, tmp_path, case):
-    """No alarm, and what is written of the run and of a step is what it is without."""
+    """No alarm, and what is written of the run and of a step is what it is without, but for the time that it took."""
     if case == "deepspeed":
         deepspeed_zero.preload()
     (plain, _), (twice, (said, *_)) = run("plain", *CASES[case], OFF), run("twice", *CASES[case], ON)
@@ -148,7 +148,9 @@ def test_nothing_wrong(run, tmp_path, case):
         for name in ("plain", "twice")
         for path in sorted((tmp_path / name / "traces").glob("step_*.json"))
     ]
-    assert len(names) == 2 * ("traced" in case) and names[: len(names) // 2] == names[len(names) // 2 :]
+    assert len(names) == 2 * ("traced" in case)
+    if names:
+        assert names[1] == names[0] + Counter({("replay", rank): 1 for rank in range(2)})
     looks = [[r.fp8_sentinel for r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("plain", "twice")]
     assert looks[0] == looks[1] and any(looks[0]) == ("fp8" in case)
 

@@ -145,7 +145,7 @@ def test_two_nodes(words, tmp_path):
     (code, [table]), *others = fork_ranks(4, as_torchrun, words, free_port(), "")
     assert code == exit_codes.OK and others == [(0, []), (0, []), (0, [])]
     host = socket.gethostname()
-    assert table.startswith("2 nodes") and table.count("\n  ok   torch ") == 1 
+    assert table.startswith("2 nodes") and table.count("\n  ok   torch ") == 1
     assert f"{host} (node 1)" not in table.partition("\nfabric\n")[0]
     assert "run_dir is shared" in table and "all-to-all between nodes" in table and list(tmp_path.iterdir()) == []
 
@@ -166,4 +166,3 @@ def test_ranks_beside_the_first_say_nothing_of_a_quick_look(words, monkeypatch, 
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert command.main(words, only_quick=True) == exit_codes.OK and capsys.readouterr().out == ""
-

@@ -92,8 +92,9 @@ def test_where_a_record_is_found_again(step):
 def test_hostile_records_are_bounded():
     found = history([made(i, **{f"field{i}_{j}": 1.0 for j in range(50)}) for i in range(40)])
     assert len(found.fields) <= MAX_FIELDS
-    many = numbers({"max_vio": [1.0] * 10_000, "fp8_sentinel": {str(i): 1.0 for i in range(10_000)}, "loss": 10**400, "lr": True,
-    "mfu": "1"})
+    many = numbers(
+        {"max_vio": [1.0] * 10_000, "fp8_sentinel": {str(i): 1.0 for i in range(10_000)}, "loss": 10**400, "lr": True, "mfu": "1"}
+    )
     assert len(many) <= 2 * 96 + 1 and not {"loss", "lr", "mfu"} & many.keys()
 
 

@@ -39,8 +39,9 @@ def make(path, records=(), config=None, **more):
 
 
 def same(a, b) -> bool:
-    return all(x.name == y.name and math.isclose(x.dollars, y.dollars, rel_tol=1e-9, abs_tol=1e-9) for x, y in zip(a.parts, b.parts,
-    strict=True))
+    return all(
+        x.name == y.name and math.isclose(x.dollars, y.dollars, rel_tol=1e-9, abs_tol=1e-9) for x, y in zip(a.parts, b.parts, strict=True)
+    )
 
 
 def test_an_account_that_was_followed_is_that_of_the_whole(tmp_path):
@@ -72,8 +73,9 @@ def test_everything_that_happened_is_told(tmp_path):
                record(6, checkpoint="failed at step 5: no space left on <device>"), record(7, checkpoint="saved step 6"), record(8,
                session=2)]  # fmt: skip
     path = make(tmp_path, records)
-    (path / "alerts.jsonl").write_text(json.dumps({"text": "the disk is full", "step": 6, "tokens": 5,
-    "time_unix": 1.7e9}) + "\nrubbish\n[1]\n")
+    (path / "alerts.jsonl").write_text(
+        json.dumps({"text": "the disk is full", "step": 6, "tokens": 5, "time_unix": 1.7e9}) + "\nrubbish\n[1]\n"
+    )
     run = Run(path).look_at_all()
     assert [event.kind for event in run.events] == ["not a number", "not a number", "checkpoint", "restart", "alert"]
     assert "The loss was not a number at 3 step(s), the first at step 2." in facts.notes(run)
@@ -91,8 +93,10 @@ def test_events_are_bounded(tmp_path):
 
 @pytest.mark.parametrize("over", AXES)
 def test_several_runs_are_side_by_side_on_every_axis(tmp_path, over):
-    runs = [Run(make(tmp_path / name, [record(s, loss=i + s / 10) for s in range(1, 9)]), label=f"<b>{name}</b>").look_at_all() for i,
-    name in enumerate("abc")]
+    runs = [
+        Run(make(tmp_path / name, [record(s, loss=i + s / 10) for s in range(1, 9)]), label=f"<b>{name}</b>").look_at_all()
+        for i, name in enumerate("abc")
+    ]
     charts = {chart.key: chart for chart in make_charts(runs, over=over)}
     lines = [trace for trace in charts["loss"].data if trace["mode"] == "lines"]
     assert [trace["y"] for trace in lines] == [[i + s / 10 for s in range(1, 9)] for i in range(3)]
@@ -167,8 +171,17 @@ def test_a_hostile_value_in_any_field_leaves_a_page(tmp_path, value):
 
 
 def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "ending.json", "lease.json", "alerts.jsonl", "sessions.jsonl",
-    metrics.LOST, "traces"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "ending.json",
+        "lease.json",
+        "alerts.jsonl",
+        "sessions.jsonl",
+        metrics.LOST,
+        "traces",
+    ):
         os.mkfifo(tmp_path / name)
     run = Run(tmp_path).look_at_all()
     assert not run.last and "There is no config.yaml" in facts.notes(run)[0]

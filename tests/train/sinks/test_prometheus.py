@@ -63,8 +63,12 @@ def test_every_value_is_there_under_its_name(sink):
     assert of("spent_dollars_total") == 0.0012 and of("budget_dollars") == 20 and of("devices") == 4 and of("planned_steps") == 150
     assert of("eval_source_loss_nats", source='a"b\\c\nd') == 6.0 and of("mtp_loss_nats", module="1") == 6.5
     assert of("layer_max_vio", layer="1") == of("max_vio_worst") == 1.5 and of("rank_overload_worst") == 1.25
-    assert of("memory_peak_bytes") == 55.5e9 and of("exchange_hidden_ratio") == 0.75 and of("fp8_sentinel",
-    measure="forward") == 0.01 and of("checkpoint_stall_seconds") == 0.375
+    assert (
+        of("memory_peak_bytes") == 55.5e9
+        and of("exchange_hidden_ratio") == 0.75
+        and of("fp8_sentinel", measure="forward") == 0.01
+        and of("checkpoint_stall_seconds") == 0.375
+    )
     assert {name for name, *_ in found} == {metric.name for metric in METRICS}, "all of the table, and nothing else"
 
 
@@ -139,8 +143,9 @@ def test_promtool_finds_nothing_to_say(tmp_path):
     sink = PrometheusSink(config("budget_usd=1"), port=0, file=str(tmp_path / "x.prom"))
     sink.write(record(1, **EVERYTHING))
     sink.close()
-    done = subprocess.run(["promtool", "check", "metrics"], input=(tmp_path / "x.prom").read_text(), capture_output=True, text=True,
-    timeout=30)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=(tmp_path / "x.prom").read_text(), capture_output=True, text=True, timeout=30
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

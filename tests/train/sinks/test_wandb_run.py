@@ -173,8 +173,10 @@ def logged(folder) -> tuple[dict, list[dict], set]:
 def test_an_offline_directory_is_complete(tmp_path):
     """Every value of every step, the settings, and where the files are: what `wandb sync` will send."""
     config = load(["name=here", "launch.wandb_group=sweep", "cluster.env={NCCL_DEBUG: secret}"])
-    records = [record(s, loss=6.0 / s, max_vio=[0.5, s], eval_loss=5.0 if s % 3 == 0 else None,
-    eval_loss_by_source={"web": 1.0 * s}) for s in range(1, 31)]
+    records = [
+        record(s, loss=6.0 / s, max_vio=[0.5, s], eval_loss=5.0 if s % 3 == 0 else None, eval_loss_by_source={"web": 1.0 * s})
+        for s in range(1, 31)
+    ]
     (tmp_path / "metrics.jsonl").write_text("x")
     for part in (records[:20], records[20:]):  # two sessions
         sink = WandbSink(config, tmp_path, mode="offline", project="p")
