@@ -38,6 +38,22 @@ class KubernetesConfig(Section):
 
 
 @dataclass(kw_only=True)
+class AlertsConfig(Section):
+    """What somebody should know of at once: said on the console, in W&B, in the run's alerts.jsonl, and wherever else is named here; once
+    when it begins and once when it is over. 0: not watched."""
+
+    stall_s: float = 300.0  # without a step; or five times the longest of the last ones, where that is more
+    loss_spike: float = 8.0  # deviations above the median of the last steps, of loss or gradient norm
+    max_vio: float = 3.0  # of the worst layer, median of the last steps
+    mfu_drop: float = 0.3  # share of the run's own median that is lost, over the last steps and a minute
+    window: int = 32  # these last steps
+    budget: list[float] = field(default_factory=lambda: [0.5, 0.8, 0.95])  # shares of each limit that are spent
+    disk_checkpoints: float = 2.0  # there is no room for as many more
+    webhook: str = ""  # env:NAME of the variable that holds an http or https address: each alert is posted there, as JSON
+    command: list[str] = field(default_factory=list)  # a program and its arguments, run with each alert's JSON on standard input
+
+
+@dataclass(kw_only=True)
 class LaunchConfig(Section):
     how: str = "local"  # where `shoestring launch` starts ranks: local | torchrun | slurm | k8s
     device: str = "auto"  # auto | cpu | cuda
@@ -52,6 +68,8 @@ class LaunchConfig(Section):
     wandb_group: str = ""  # of runs that belong together, such as a sweep
     prometheus_port: int = 0  # on 127.0.0.1 of the first rank's machine, whose /metrics may be scraped; 0: none
     prometheus_file: str = ""  # FILE.prom, for node_exporter's textfile collector; empty: none
+    tensorboard: bool = False  # event files under run_dir/tensorboard
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     endpoint: str = ""  # launch=torchrun: HOST or HOST:PORT of the first node; empty: there is one node, this one
     port: int = 29400  # of the rendezvous, on the first node, where `endpoint` does not say
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

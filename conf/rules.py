@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ _POSITIVE = [
     *_fields("guard", "window patience"),
     *_fields("cluster", "memory_gb memory_tb_s gpus_per_node intra_node_gb_s inter_node_gb_s mttf_gpu_hours checkpoint_gb_s"),
     *_fields("cluster.rates", "tile sms compute_beside_exchange exchange_beside_compute intra_node inter_node"),
-    *_fields("launch", "threads timeout_s log_interval port slurm.signal_s k8s.shm_gb k8s.grace_s"),
+    *_fields("launch", "threads timeout_s log_interval port slurm.signal_s k8s.shm_gb k8s.grace_s alerts.window"),
     *_fields("stack", "tensor context"),
     "precision.sentinel_max_error",
 ]
@@ -50,13 +51,14 @@ _NOT_NEGATIVE = [
     "parallel.placement_interval", "parallel.comm_sms", "launch.trace_interval", "precision.sentinel_interval",
     *_fields("checkpoint", "interval interval_seconds"),
     *_fields("guard", "spike rollbacks stragglers replay_interval"), "budget_usd", "budget_gpu_hours", "max_tokens",
-    "launch.hang_s", "launch.max_restarts", "launch.k8s.max_restarts",
+    *_fields("launch", "hang_s max_restarts k8s.max_restarts alerts.stall_s alerts.loss_spike alerts.max_vio alerts.disk_checkpoints"),
     "cluster.price_per_gpu_hour", "cluster.kw_per_gpu", "cluster.restart_minutes", "cluster.threads", "data.tokenizer.vocab_size",
     "stack.host_us_per_step", "stack.peer_wait",
     *_fields("cluster.rates", "attention_half launch_us exchange_sms intra_latency_us inter_latency_us"),
 ]  # fmt: skip
 _PHASES = [*(f"{phase}_{when}" for phase in ("attention", "experts", "mlp", "embed", "head", "predict") for when in "FBW"), "exchange"]
-_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.ema_decay", "data.eval_fraction", "data.max_bad_fraction",
+              "launch.alerts.mfu_drop")  # fmt: skip
 _CHOICES = {
     "precision.compute": ("fp32", "bf16", "fp64"),
     "precision.linear": ("compute", "fp8"),
@@ -71,6 +73,7 @@ _CHOICES = {
     "launch.wandb": ("disabled", "offline", "online"),
     "cluster.pin": ("none", "cores", "numa"),
 }
+_WEBHOOK = "launch.alerts.webhook"
 _RECOMPUTED = ("norm", "mla_up", "swiglu", "attention", "experts")
 _OF_A_PHASE = ("train", "optim", "parallel", "data.seq_len", "data.sources", "model.max_seq_len", "model.yarn")
 _OF_THE_RUN = ("train.seed", "train.stop_after", "optim.ema_decay")
@@ -97,8 +100,8 @@ def check(config: Config) -> None:
 
 
 def _shown(field: str, value: Any) -> Any:
-    """Of environment variables the names only: one of them may hold a secret."""
-    return list(value) if field == "cluster.env" else value
+    """Of environment variables the names only: one of them may hold a secret. So may a webhook's address."""
+    return list(value) if field == "cluster.env" else "(hidden)" if field == _WEBHOOK and value else value
 
 
 def _unweighted(config: Config) -> list:
@@ -160,6 +163,8 @@ def _candidates(c: Config, field: str) -> Iterable:
     value = get(c, field)
     if field in _CHOICES:
         return _CHOICES[field]
+    if field == _WEBHOOK:
+        return ["env:ALERT_WEBHOOK"]
     if field in ("parallel.ep", "model.num_groups"):
         return divisors(m.num_experts) if 0 < m.num_experts < 2**20 else [1]
     if field in ("parallel.pp", "parallel.chunks", "model.num_dense_layers"):
@@ -252,6 +257,11 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name, allowed in _CHOICES.items():
         if _of(name)(c) not in allowed:
             yield name, f"must be one of {', '.join(allowed)}"
+    alerts = c.launch.alerts
+    if any(not 0 < share <= 1 for share in alerts.budget):
+        yield "launch.alerts.budget", "must be shares above 0, 1 at most"
+    if alerts.webhook and not re.fullmatch(r"env:[A-Za-z_]\w*", alerts.webhook):
+        yield _WEBHOOK, "must be env:NAME of an environment variable that holds the address: an address itself is a secret"
     for name in c.train.recompute:
         if name not in _RECOMPUTED:
             yield "train.recompute", f"must be a list of {', '.join(_RECOMPUTED)}"

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from .errors import ConfigError, choose, closest, divisors
-from .launching import KubernetesConfig, LaunchConfig, SlurmConfig
+from .launching import AlertsConfig, KubernetesConfig, LaunchConfig, SlurmConfig
 from .machines import ClusterConfig, PhaseConfig, RatesConfig, StackConfig, TermConfig
 from .section import Section
 
 __all__ = [
-    "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "KubernetesConfig", "LaunchConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "PhaseConfig", "PrecisionConfig", "RampConfig", "RatesConfig", "Section", "SlurmConfig",
+    "AlertsConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "KubernetesConfig", "LaunchConfig",
+    "ModelConfig", "OptimConfig", "ParallelConfig", "PhaseConfig", "PrecisionConfig", "RampConfig", "RatesConfig", "Section", "SlurmConfig",
     "SourceConfig", "StackConfig", "TermConfig", "TokenizerConfig", "TrainConfig", "YarnConfig",
     "choose", "closest", "divisors",
 ]  # fmt: skip

@@ -150,6 +150,11 @@ def prepare_launch(run_on_cpu: bool) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here; the host's own name need not resolve
 
 
+def named(setting: str) -> str:
+    """What a setting of the form env:NAME stands for; "" where there is no such variable."""
+    return os.environ.get(setting.removeprefix("env:"), "") if setting else ""
+
+
 def of_a_job() -> dict[str, str]:
     """For a command of ours that this process is about to start."""
     return os.environ | {"PYTHONSAFEPATH": "1"}

@@ -72,7 +72,8 @@ def run(
         beat = _join(config, place, chosen, flight)
         if place.rank == 0 and (told := [*environment.told(config.cluster), *([cpus] if cpus else [])]):
             _say(f"rank 0 runs with {'; '.join(told)}; the others likewise")
-        outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place))
+        webhook = environment.named(config.launch.alerts.webhook)
+        outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place), webhook=webhook)
         world.leave()
         tidy(flight, place.rank)
         if place.rank == 0:

@@ -6,7 +6,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from ..conf.schema import Config
@@ -17,9 +16,9 @@ from .budget import Budget
 class Books:
     """Of one session. `job`: a name that all sessions of one job share: between those, its devices were held."""
 
-    def __init__(self, config: Config, run_dir: Path, job: str, log: Callable[[str], None]):
+    def __init__(self, config: Config, run_dir: Path, job: str):
         self.run_dir, self.job = run_dir, job
-        self.budget = Budget(config, log)
+        self.budget = Budget(config)
         self._began = self._told = time.monotonic()
         self._past = metrics.Rewound(session=0, seconds=0.0, dollars=0.0, kept=0, lost=0)
         self._config = config

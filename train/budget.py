@@ -1,6 +1,7 @@
-"""What a run may cost: dollars, GPU-hours, tokens, a deadline. Warned of at fractions; then it saves and stops, before more is spent.
+"""What a run may cost: dollars, GPU-hours, tokens, a deadline. It saves and stops, before more is spent.
 
 It stops as soon as a further step, with its evaluation and its save, might not be paid for: at what the dearest of the last ones cost.
+`train/alerts/rules.py` tells of it before, at fractions.
 """
 
 import datetime
@@ -11,8 +12,6 @@ from dataclasses import dataclass
 from ..conf.errors import ConfigError
 from ..conf.schema import Config
 from . import cost, units
-
-FRACTIONS = (0.5, 0.8, 0.95)
 
 
 def seconds_until(deadline: str, now: float) -> float:
@@ -39,8 +38,8 @@ class Budget:
     """Of one session, on the rank that decides. The wall clock is read once, at its start, for how far the deadline is; from then on the
     monotonic clock counts: a wall clock that is set changes nothing until the next session, which believes it anew."""
 
-    def __init__(self, config: Config, log: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic):
-        self._log, self._clock, self._began, self._told = log, clock, clock(), {}
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._began = clock, clock()
         devices, price = cost.num_devices(config), cost.dollars(1.0, cost.num_devices(config), config.cluster)
         hours = lambda value: f"{value:,.4g} GPU-hours"
         limits = (
@@ -60,20 +59,8 @@ class Budget:
         ahead = 2 * max(self._steps, default=0.0)
         for limit in self._limits:
             spent = so_far[limit.name]
-            self._warn(limit.name, spent / limit.limit, f"{limit.show(spent)} of {limit.show(limit.limit)}")
             if spent + ahead * limit.per_second > limit.limit:
                 return f"{limit.name}={limit.limit:g}: {limit.show(spent)} are spent"
-        if self._left_s is not None:
-            gone = self._clock() - self._began
-            self._warn(
-                "deadline", gone / self._left_s if self._left_s > 0 else 1.0, f"{units.duration(max(0.0, self._left_s - gone))} are left"
-            )
-            if gone + ahead > self._left_s:
-                return "deadline: the step after the next would end too late"
+        if self._left_s is not None and self._clock() - self._began + ahead > self._left_s:
+            return "deadline: the step after the next would end too late"
         return None
-
-    def _warn(self, name: str, fraction: float, amount: str) -> None:
-        passed = max((f for f in FRACTIONS if fraction >= f), default=0.0)
-        if passed > self._told.get(name, 0.0):
-            self._told[name] = passed
-            self._log(f"warning: {100 * passed:.0f} % of {name} is spent: {amount}")

@@ -19,10 +19,12 @@ from .step import Gradients
 
 
 class Sound:
-    """Alike on all ranks. `windows`: samples that are left out already."""
+    """Alike on all ranks. `windows`: samples that are left out already. `alert` is told of each step that looks wrong."""
 
-    def __init__(self, config: GuardConfig, windows: list[Window], run_dir: Path, log: Callable[[str], None]):
-        self.guard, self.windows, self.run_dir, self.log = Guard(config), windows, run_dir, log
+    def __init__(
+        self, config: GuardConfig, windows: list[Window], run_dir: Path, log: Callable[[str], None], alert: Callable[[str], None]
+    ):
+        self.guard, self.windows, self.run_dir, self.log, self.alert = Guard(config), windows, run_dir, log, alert
 
     def gradients(
         self, part: PhaseRun, progress: Progress, count: int, signals: Callable[[], dict[str, float]]
@@ -40,7 +42,8 @@ class Sound:
                 part.engine.discard()
                 found, heard, again = self._try(part, step, samples, signals)
                 told = "computed again, it is the same" if again else "computed again, it is sound: a passing fault"
-                self.log(f"step {step + 1}: {trouble}; {told}")
+                self.log(sentence := f"step {step + 1}: {trouble}; {told}")
+                self.alert(sentence)
                 trouble = again
             if not trouble:
                 return found, heard, samples

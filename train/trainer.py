@@ -60,15 +60,17 @@ def run(
     watch: Watch | None = None,
     beat: Beat = silent,
     job: str = "",
+    webhook: str = "",
 ) -> Outcome:
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
     Collective: every rank of an initialised world calls it. `log` is used on rank 0; `beat` is told what this rank is at: start, data,
-    replay, forward and backward, reduce, update, evaluation, checkpoint, end. Raises ConfigError, DataError, CheckpointError,
-    FloatingPointError; whatever was saved before stays.
+    replay, forward and backward, reduce, update, evaluation, checkpoint, end. `webhook`: what `launch.alerts.webhook` stands for.
+
+    Raises ConfigError, DataError, CheckpointError, FloatingPointError; whatever was saved before stays.
     """
     try:
-        return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job).run()
+        return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job, webhook).run()
     except _OtherSize as error:
         return Outcome(summary=None, step=error.step, stopped=False, wants=error.wants)
 
@@ -91,10 +93,11 @@ class _Session:
         watch: Watch | None = None,
         beat: Beat = silent,
         job: str = "",
+        webhook: str = "",
     ):
-        self.config, self.device, self.stop, self.log, self.watch = config, device, stop, log, watch
+        self.config, self.device, self.stop, self.log, self.watch, self.webhook = config, device, stop, log, watch, webhook
         self.beat = Busy(beat, on_gpu=device.type == "cuda")
-        self.books, self.spent = Books(config, Path(config.run_dir), job, log), ""
+        self.books, self.spent = Books(config, Path(config.run_dir), job), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
@@ -107,7 +110,9 @@ class _Session:
         self.saves = Saves(self.checkpointer, config.checkpoint, mttf_s=mttf_s, log=self.log)
         self.traces = Traces(self.run_dir / "traces", config.launch.trace_interval, device, self.beat, self.log)
         self.progress, self.part = Progress(), None
-        self.sound = Sound(config.guard, self._of_first(lambda: left_out.read(self.run_dir)), self.run_dir, log)
+        self.sinks = Sinks([])
+        windows, alert = self._of_first(lambda: left_out.read(self.run_dir)), lambda text: self.sinks.trouble("loss", text)
+        self.sound = Sound(config.guard, windows, self.run_dir, log, alert)
         self.guard = self.sound.guard
         self._go_on_from_newest()
         if self.is_main:
@@ -265,6 +270,9 @@ class _Session:
             self.beat("end")
             if self.is_main:
                 self.books.end(self.saves.news()["checkpoint_seconds"] or 0.0)
+        except Exception as error:
+            self.sinks.trouble("failure", f"after step {self.progress.step}: {type(error).__name__}: {error}".splitlines()[0])
+            raise
         finally:
             self.sinks.close()
         assert saved == self.progress.step
@@ -293,7 +301,7 @@ class _Session:
         return 0
 
     def _open_sinks(self) -> Sinks:
-        return open_sinks(self.config, self.run_dir, self.books.metrics_path) if self.is_main else Sinks([])
+        return open_sinks(self.config, self.run_dir, self.books.metrics_path, webhook=self.webhook) if self.is_main else Sinks([])
 
     def _step(self) -> tuple[StepRecord, dict[str, float]]:
         began, p, phase = time.monotonic(), self.progress, self.phase
@@ -332,6 +340,7 @@ class _Session:
     def _go_back(self, error: GoBack) -> None:
         """To the last checkpoint, or to the beginning where there is none."""
         step, upto = self.progress.step, self.progress.sample
+        self.sinks.trouble("loss", f"step {step + 1}: {error}; the run goes back to its last checkpoint")
         self.guard.going_back(str(error), step)
         self.saves.finish()
         stream, self.progress = self.phase.stream, Progress()

@@ -203,8 +203,8 @@ def train_here(name: str, words: Sequence[str]) -> int:
         if os.getppid() != parent:
             return exit_codes.PREEMPTED
         watch = MoveByOneUlp(config.train.seed) if ARMS[name].moved else None
-        here = lambda config, device, *, stop, log: trainer.run(
-            config, device, stop=lambda: stop() or os.getppid() != parent, log=log, watch=watch
+        here = lambda config, device, *, stop, **more: trainer.run(
+            config, device, stop=lambda: stop() or os.getppid() != parent, watch=watch, **more
         )
         return worker.run(config, Place(), words, train=here)
 

@@ -36,14 +36,17 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_trainer_finds_a_process_group_and_its_device(here, capfd):
-    def train(config, on, *, stop, log, beat, job):
+def test_the_trainer_finds_a_process_group_and_its_device(here, capfd, monkeypatch):
+    def train(config, on, *, stop, log, beat, job, webhook):
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
         assert on == torch.device("cpu") and torch.get_num_threads() == config.launch.threads == 2 and not stop()
+        assert webhook == "http://127.0.0.1/canary"
         log("training")
         return Outcome(summary=None, step=0, stopped=False)
 
-    assert _run(train, load(["experiment=smoke", "parallel.ep=1", "launch.threads=2"])) == exit_codes.OK
+    monkeypatch.setenv("ALERTS", "http://127.0.0.1/canary")
+    words = ["experiment=smoke", "parallel.ep=1", "launch.threads=2", "launch.alerts.webhook=env:ALERTS"]
+    assert _run(train, load(words)) == exit_codes.OK
     assert capfd.readouterr().out.startswith("training\n")
 
 
@@ -109,7 +112,7 @@ def test_under_a_launcher_an_error_is_left_in_a_file(tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_the_trainer_to_stop(here, number):
-    def train(config, on, *, stop, log, beat, job):
+    def train(config, on, *, stop, log, beat, job, webhook):
         os.kill(os.getpid(), number)
         return Outcome(summary=None, step=1, stopped=stop())
 

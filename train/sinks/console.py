@@ -22,8 +22,12 @@ class ConsoleSink(Sink):
         if self.console.is_terminal:
             self._show(record)
         elif self._first or record.step % self.interval == 0 or record.step == self.total or record.eval_loss is not None:
-            self.console.print(self.line(record), markup=False, highlight=False, soft_wrap=True)
+            self.say(self.line(record))
         self._first = False
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def line(self, record: StepRecord) -> str:
         """The whole record's news, for a log file."""

@@ -16,6 +16,10 @@ class Sink:
     def write(self, record: StepRecord) -> None:
         self._guard(self._write, record)
 
+    def trouble(self, kind: str, text: str) -> None:
+        """Told of what no record tells: a step that was not taken, the end of a run that failed."""
+        self._guard(self._trouble, kind, text)
+
     def close(self) -> None:
         """Flush and release. A sink that has failed is released in silence; a second call does nothing."""
         if self._closed:
@@ -39,6 +43,9 @@ class Sink:
     def _write(self, record: StepRecord) -> None:
         raise NotImplementedError
 
+    def _trouble(self, kind: str, text: str) -> None:
+        pass
+
     def _close(self) -> None:
         pass
 
@@ -52,6 +59,10 @@ class Sinks(Sink):
     def _write(self, record):
         for sink in self.sinks:
             sink.write(record)
+
+    def _trouble(self, kind, text):
+        for sink in self.sinks:
+            sink.trouble(kind, text)
 
     def _close(self):
         for sink in self.sinks:

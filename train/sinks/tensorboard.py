@@ -1,0 +1,37 @@
+"""TensorBoard: event files of the numbers that W&B gets, under the same names."""
+
+from pathlib import Path
+
+import yaml
+
+from ...conf.schema import Config
+from .sink import Sink
+from .wandb_run import settings_of, wandb_values
+
+FLUSH_S = 10
+
+
+class TensorBoardSink(Sink):
+    """Into `folder`. A session adds a file; steps that it takes again replace those of the one before."""
+
+    hint = "launch.tensorboard=true needs the package tensorboard: pip install 'shoestring[tensorboard]'"
+
+    def __init__(self, config: Config, folder: Path):
+        self._config, self._folder, self._writer = config, folder, None
+
+    def _write(self, record):
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports that runs without it need not pay
+
+            first = not any(self._folder.glob("events.out.*"))
+            self._writer = SummaryWriter(self._folder, purge_step=record.step, flush_secs=FLUSH_S)
+            if first:
+                settings = yaml.safe_dump(settings_of(self._config), sort_keys=False)
+                self._writer.add_text("config", "\n".join(f"    {line}" for line in settings.splitlines()), 0)
+        for name, value in wandb_values(record).items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record.step, walltime=record.time_unix)
+
+    def _close(self):
+        if self._writer is not None:
+            self._writer.close()
