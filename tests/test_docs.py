@@ -1,10 +1,13 @@
 """What the pages name is there: tests, settings, experiments."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from shoestring.conf.build import is_known
+from shoestring.train.metrics import StepRecord, Summary
+from shoestring.train.sinks.wandb_run import wandb_values
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -37,3 +40,31 @@ def test_fields_in_the_table_of_the_recipe():
             assert is_known(f"{section}.{name.partition('.')[2]}"), name
             found += 1
     assert found > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links(page):
+    """Other pages, and pictures."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_metric_is_explained():
+    """Each field of a record and of a summary opens a row of the table; and no row is of a field that is not."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    fields = lambda part: {name for row in re.findall(r"^\| (`.*?) \|", part, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    steps, summary = text.split("## The summary")
+    assert fields(steps) == {f.name for f in dataclasses.fields(StepRecord)}
+    assert fields(summary) == {f.name for f in dataclasses.fields(Summary)}
+
+
+def test_names_that_other_tools_have():
+    """The column of W&B's names is what is sent there."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## The summary")[0]
+    told = {name for row in re.findall(r"^\| `[^|]*\|[^|]*\|([^|]*)\|", text, flags=re.MULTILINE) for name in re.findall(r"`([\w/]+)`", row)}
+    full = {f.name: 1 for f in dataclasses.fields(StepRecord)} | dict(
+        mtp_loss=[1.0], eval_loss_by_source={"SOURCE": 1.0}, max_vio=[1.0], rank_overload=[1.0], fp8_sentinel={"MEASURE": 1.0},
+        breakdown={"PART": 1.0},
+    )  # fmt: skip
+    assert told == set(wandb_values(StepRecord(**full)))

@@ -72,7 +72,7 @@ def ask(port: int, query: str, at: float | None = None) -> list[dict]:
         return []  # it is still starting
 
 
-def wait_for(found, seconds: float = 60.0):
+def wait_for(found, seconds: float = 180.0):
     until = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < until, "nothing came"
@@ -91,14 +91,14 @@ def scraped(tmp_path):
     (tmp_path / "prometheus.yml").write_text(json.dumps(settings))  # YAML has JSON in it
     words = [
         "experiment=tiny", "name=scraped", f"run_dir={tmp_path / 'run'}", "model=micro", "parallel.pp=1", "parallel.ep=2",
-        "data.seq_len=32",
+        "data=synthetic", f"data.cache_dir={tmp_path / 'cache'}", "data.seq_len=32",
         "train.global_batch_tokens=256", "train.steps=100000", "optim.warmup_steps=10", "train.eval_interval=10", "launch.trace_interval=5",
         "checkpoint.interval=7", f"launch.prometheus_port={ports[0]}",
     ]  # fmt: skip
     started = []
     try:
         with open(tmp_path / "out", "w") as out:
-            train = [sys.executable, "-m", "shoestring.train", *words]
+            train = [sys.executable, "-u", "-m", "shoestring.train", *words]
             started.append(subprocess.Popen(train, cwd=tmp_path, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}))
             serve = ["prometheus", f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
                      f"--web.listen-address=127.0.0.1:{ports[2]}", "--log.level=error"]  # fmt: skip
