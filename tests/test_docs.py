@@ -62,7 +62,8 @@ def test_every_metric_is_explained():
 def test_names_that_other_tools_have():
     """The column of W&B's names is what is sent there."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## The summary")[0]
-    told = {name for row in re.findall(r"^\| `[^|]*\|[^|]*\|([^|]*)\|", text, flags=re.MULTILINE) for name in re.findall(r"`([\w/]+)`", row)}
+    columns = re.findall(r"^\| `[^|]*\|[^|]*\|([^|]*)\|", text, flags=re.MULTILINE)
+    told = {name for column in columns for name in re.findall(r"`([\w/]+)`", column)}
     full = {f.name: 1 for f in dataclasses.fields(StepRecord)} | dict(
         mtp_loss=[1.0], eval_loss_by_source={"SOURCE": 1.0}, max_vio=[1.0], rank_overload=[1.0], fp8_sentinel={"MEASURE": 1.0},
         breakdown={"PART": 1.0},

@@ -126,8 +126,8 @@ class Run:
     def _read_alerts(self, path: Path) -> None:
         found = [line for line in map(_object, (_bytes(path) or b"").splitlines()) if line]
         self._alerts = [
-            Event(kind="alert", text=_words(line.get("text") or line.get("title") or line.get("name")),
-            time_unix=_number(line.get("time_unix")),
+            Event(kind="alert over" if line.get("firing") is False else "alert",
+                  text=_words(line.get("text") or line.get("title") or line.get("name")), time_unix=_number(line.get("time_unix")),
                   at={axis: _number(line.get(axis)) for axis in AXES})
             for line in found[-MOST_EVENTS:]
         ]  # fmt: skip

@@ -14,7 +14,7 @@ from .. import metrics
 from ..metrics import StepRecord
 from .sink import Sink
 
-FILES = ("config.yaml", "metrics.jsonl", "sessions.jsonl", "alerts.jsonl", "tokenizer.json", "checkpoints", "traces")  # of a run, referred to
+FILES = ("config.yaml", "metrics.jsonl", "sessions.jsonl", "alerts.jsonl", "tokenizer.json", "checkpoints", "traces")  # of a run
 SUMMARIES = {
     "loss/train": "min,last", "loss/eval": "min,last", "speed/tokens_per_second_per_gpu": "mean,last", "speed/mfu": "mean,last",
     "cost/dollars": "last", "cost/dollars_per_billion_tokens": "min,last", "router/max_vio_worst": "mean,last", "memory/peak_gb": "max",
