@@ -43,6 +43,8 @@ def main() -> None:
                 for scheme in ("light", "dark"):
                     picture(browser, f"{url}?run=tiny", arguments.out / f"dash_wide_{scheme}.png", 1280, 2300, scheme)
                     picture(browser, f"{url}?run=tiny", arguments.out / f"dash_phone_{scheme}.png", 390, 2300, scheme)
+                picture(browser, f"{url}?run=tiny", arguments.out / "dash_money.png", 1280, 1300, "light", section="Money")
+                picture(browser, f"{url}?run=tiny", arguments.out / "dash_speed.png", 1280, 1300, "dark", section="Speed")
                 picture(browser, f"{url}?run=tiny&run=tiny-bf16", arguments.out / "dash_side_by_side.png", 1280, 1400, "light")
         finally:
             browser.close()
@@ -69,15 +71,17 @@ def ranks(launcher: int) -> list[int]:
     return sorted(pid for pid in found if b"multiprocessing" not in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
-def picture(browser: Browser, url: str, path: Path, width: int, height: int, scheme: str) -> None:
-    browser.size(width, height)
+def picture(browser: Browser, url: str, path: Path, width: int, height: int, scheme: str, section: str = "") -> None:
+    """Of the page's top, or from a section's heading on."""
+    browser.size(width, 12_000 if section else height)
     browser.prefers(scheme)
     browser.open(url)
     browser.until("document.querySelector('.tile .value, .side tbody tr') !== null")
-    browser.until("Array.from(document.querySelectorAll('.js-plotly-plot')).length > 3")
-    time.sleep(2.0)  # charts in view are drawn one after the other
+    browser.until("document.querySelectorAll('.js-plotly-plot').length > 3")
+    time.sleep(6.0)  # charts in view are drawn one after the other; the plan is made
     assert browser.errors() == []
-    clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+    heading = f"Array.from(document.querySelectorAll('h2.section')).find(h => h.innerText === {section!r}).getBoundingClientRect().top"
+    clip = {"x": 0, "y": max(0, browser.ask(heading) - 20) if section else 0, "width": width, "height": height, "scale": 1}
     shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "clip": clip})
     data = base64.b64decode(shot["data"])
     assert len(data) < MOST_BYTES, f"{path}: {len(data)} bytes"

@@ -6,6 +6,7 @@ from ...conf.phases import num_steps
 from ...conf.schema import Config
 from ..alerts.channels import Channel, Command, Journal, Said, ToWandb, Webhook
 from .alerting import AlertSink
+from .beside import Beside
 from .console import ConsoleSink
 from .jsonl import JsonlSink
 from .prometheus import PrometheusSink
@@ -25,8 +26,6 @@ def open_sinks(config: Config, run_dir: Path, metrics_path: Path, *, webhook: st
         channels.append(Webhook(launch.alerts.webhook.removeprefix("env:"), webhook))
     if launch.alerts.command:
         channels.append(Command(launch.alerts.command))
+    others = [wandb, prometheus] + launch.tensorboard * [TensorBoardSink(config, run_dir / "tensorboard")]
     # Alerts close before the console and W&B: what they still have to say goes there.
-    sinks = [JsonlSink(metrics_path), AlertSink(config, run_dir, channels), console, wandb, prometheus]
-    if launch.tensorboard:
-        sinks.append(TensorBoardSink(config, run_dir / "tensorboard"))
-    return Sinks(sinks)
+    return Sinks([JsonlSink(metrics_path), AlertSink(config, run_dir, channels), console, Beside(others)])

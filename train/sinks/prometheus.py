@@ -17,7 +17,7 @@ from .exported import METRICS, values
 from .sink import Sink
 
 HOST = "127.0.0.1"
-FILE_S = 1.0  # between two writes of the file
+FILE_S = 5.0  # between two writes of the file
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 

