@@ -46,13 +46,9 @@ def load_any_data(words: list[str], config_dir: str | Path | None = None) -> Con
 
 
 def load_saved(path: str | Path) -> Config:
-    """The configuration that a run wrote to its directory. Raises ConfigError as `load` does."""
-    try:
-        return finish(OmegaConf.merge(_defaults(), OmegaConf.load(path)))
-    except OSError as error:
-        raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise _yaml_error(error) from None
+    """The configuration that a run wrote to its directory: values as they stand there, nothing is interpolated. Raises ConfigError as
+    `load` does."""
+    return _checked(_over(_plain(Config()), read_saved(path)))
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
@@ -107,9 +103,20 @@ def finish(composed: DictConfig) -> Config:
         tree = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "config", str(error.child_node), str(error.msg).splitlines()[0]) from None
+    return _checked(tree)
+
+
+def _checked(tree: dict[str, Any]) -> Config:
     config = build(_packaged(tree))
     check(config)
     return config.freeze()
+
+
+def _over(below: Any, above: Any) -> Any:
+    """`above`, with what it has not from `below`."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: _over(below.get(name), value) for name, value in above.items()}
 
 
 def _defaults() -> DictConfig:

@@ -26,12 +26,17 @@ class Watch:
         self._wanted: dict[str, float] = defaultdict(float)
         self._plans: dict[str, tuple] = {}
         self._searched = -SEARCH_S
-        self._lock, self._news = threading.Lock(), threading.Event()
+        self._lock, self._news, self._ended = threading.Lock(), threading.Event(), threading.Event()
         self._search()
 
     def start(self) -> "Watch":
         threading.Thread(target=self._follow, name="dash: runs", daemon=True).start()
         return self
+
+    def stop(self) -> None:
+        """Soon: what is being read is read to its end."""
+        self._ended.set()
+        self._news.set()
 
     # ------------------------------------------------------------ asked by pages
 
@@ -57,8 +62,8 @@ class Watch:
                 self._wanted[name] = time.monotonic()
                 run = self._runs.get(name)
                 if run is None:
-                    run = self._runs[name] = Run(self._paths[name], label=name)
-                    run.look(0.05)
+                    run = self._runs[name] = Run(self._paths[name], label=name, share=1 / len(names))
+                    run.look(0.0)
             found.append(run)
         self._news.set()
         return found
@@ -83,7 +88,7 @@ class Watch:
     # ------------------------------------------------------------ the thread
 
     def _follow(self) -> None:
-        while True:
+        while not self._ended.is_set():
             self._news.clear()
             with self._lock:
                 now = time.monotonic()
@@ -94,7 +99,7 @@ class Watch:
             if any(more):
                 time.sleep(0.01)  # for those that draw
             else:
-                self._news.wait(LOOK_S) if not runs else time.sleep(LOOK_S)
+                (self._ended if runs else self._news).wait(LOOK_S)
 
     def _search(self) -> None:
         self._searched = time.monotonic()

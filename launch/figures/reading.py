@@ -16,15 +16,15 @@ CHUNK = 1 << 20  # bytes that are read at a time
 SAMPLED_FROM = 8 << 20  # bytes of a file from which on it is sampled first
 SAMPLES = 600
 LONGEST = 64 << 20  # bytes of a line, of which more is not waited for
-TAIL = 4 << 20  # bytes in which the last records are looked for
+LEAST_TAIL, TAIL = 512 << 10, 4 << 20  # bytes in which the last records are looked for
 SCANNED = 16 << 20  # bytes in which a step's record is looked for
 
 
 class Follower:
-    """Of one file, which need not be there yet. Any thread may ask; `read_on` is called by one."""
+    """Of one file, which need not be there yet. Any thread may ask; `read_on` is called by one. `share`: of the samples of a long file."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, share: float = 1.0):
+        self.path, self._share = path, share
         self._lock = threading.RLock()
         self._identity: tuple | None = None
         self._forget()
@@ -99,6 +99,8 @@ class Follower:
                     if stat.st_size > SAMPLED_FROM:
                         self._sample(file, stat.st_size)
                 self._size = stat.st_size
+                if self._offset == 0 and self._samples is not None and not seconds:
+                    return True  # something is there to be shown
                 until = time.monotonic() + seconds
                 while self._take_chunk(file):
                     if time.monotonic() > until:
@@ -169,7 +171,8 @@ class Follower:
     def _sample(self, file, size: int) -> None:
         """Lines at even distances, and all of the last ones."""
         samples = History()
-        places = [size * i // SAMPLES for i in range(SAMPLES)]
+        count, tail = max(1, round(self._share * SAMPLES)), max(LEAST_TAIL, round(self._share * TAIL))
+        places = [size * i // count for i in range(count)]
         seen = -1
         for place in places:
             file.seek(place)
@@ -181,10 +184,10 @@ class Follower:
             if line.endswith(b"\n") and (record := parse(without_loads(line))):
                 samples.take(record, place)
                 seen = place
-        file.seek(place := max(seen, size - TAIL, 0))
+        file.seek(place := max(seen, size - tail, 0))
         if place:
             place += len(file.readline(LONGEST))
-        for line in _lines(file.read(TAIL)):
+        for line in _lines(file.read(tail)):
             if line.endswith(b"\n") and (record := parse(without_loads(line))):
                 samples.take(record, place)
                 self._loaded = place if b'"expert_load":[[' in line else self._loaded

@@ -42,12 +42,12 @@ class Event:
 
 
 class Run:
-    """`label`: its name, made different from those beside it by whoever shows several."""
+    """`label`: its name, made different from those beside it by whoever shows several. `share`: of samples that one alone has."""
 
-    def __init__(self, path: Path, label: str = ""):
+    def __init__(self, path: Path, label: str = "", share: float = 1.0):
         self.path = Path(path)
         self._label = label
-        self._follower = _Recorder(self.path / "metrics.jsonl", self._take)
+        self._follower = _Recorder(self.path / "metrics.jsonl", self._take, share)
         self._seen: dict[str, tuple | None] = {}
         self._alerts: list[Event] = []
         self._sessions: list[Began | Ended] = []
@@ -303,9 +303,9 @@ def _step_of(record: dict[str, Any]) -> str:
 class _Recorder(Follower):
     """Tells of each record, and with None when it begins anew."""
 
-    def __init__(self, path: Path, tell: Callable[[dict | None], None]):
+    def __init__(self, path: Path, tell: Callable[[dict | None], None], share: float):
         self._tell: Callable[[dict | None], None] = lambda record: None
-        super().__init__(path)
+        super().__init__(path, share)
         self._tell = tell
 
     def _forget(self) -> None:

@@ -183,3 +183,11 @@ def test_errors_travel_between_processes():
 def test_the_schema_knows_its_own_defaults():
     """Every field that has a default has one of its own type, so that an empty section is as good as none."""
     assert dataclasses.is_dataclass(Config) and load(["launch=local"]).launch.threads == 1
+
+
+def test_a_saved_configuration_is_taken_as_it_stands(tmp_path, monkeypatch):
+    """Whoever wrote a run directory may not read this machine's environment by it."""
+    monkeypatch.setenv("CANARY", "the secret")
+    text = to_yaml(load(["experiment=tiny"])).replace("name: tiny\n", "name: '${oc.env:CANARY}'\n", 1)
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_saved(tmp_path / "config.yaml").name == "${oc.env:CANARY}"

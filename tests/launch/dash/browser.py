@@ -80,12 +80,14 @@ class Browser:
 @contextlib.contextmanager
 def served(*roots: Path) -> Iterator[str]:
     """The address of a server of these folders."""
-    server = serve.make(Watch(roots).start(), 0)
+    watch = Watch(roots).start()
+    server = serve.make(watch, 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.port}/"
     finally:
+        watch.stop()
         server.shutdown()
         server.server_close()
         thread.join(timeout=10)
