@@ -62,7 +62,7 @@ class WandbSink(Sink):
         self._run = wandb.init(
             project=project, name=config.name, id=id_file.read_text().strip(), dir=run_dir, mode=mode,
             group=config.launch.wandb_group or None,
-            resume="allow" if mode == "online" else None, config=settings_of(config), job_type="train",
+            resume="allow", config=settings_of(config), job_type="train",
             settings=wandb.Settings(init_timeout=seconds, login_timeout=seconds, finish_timeout=seconds, console="off", quiet=True),
         )  # fmt: skip
         # Steps that a restart repeats would be refused on W&B's own counter: the record's step is the axis.
