@@ -5,14 +5,14 @@ const THEMES = {
   light: {
     text: "#1b1d21", soft: "#4c5058", muted: "#85898f", grid: "#ecebe7", line: "#cfcdc7", card: "#ffffff",
     blue: "#0067a8", orange: "#d55e00", green: "#007e5c", purple: "#8f4a80", red: "#c2185b", yellow: "#b58900",
-    series: ["#0067a8", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1b1d21", "#9a8c00"],
+    series: ["#0067a8", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1b1d21", "#6600cc"],
     amount: [[0, "#f7f6f2"], [0.5, "#f0a25c"], [1, "#8a2f00"]],
     balance: [[0, "#0a4f8c"], [0.25, "#7fb2db"], [0.5, "#f1f0ec"], [0.75, "#f0a25c"], [1, "#b34700"]],
   },
   dark: {
     text: "#eceef1", soft: "#b9bec7", muted: "#7d838e", grid: "#262a30", line: "#3b4048", card: "#1a1d21",
-    blue: "#6cb8f0", orange: "#f39a4a", green: "#3ecfa0", purple: "#d79bc6", red: "#ff6f9c", yellow: "#ffd166",
-    series: ["#6cb8f0", "#f39a4a", "#3ecfa0", "#e6a3cb", "#a8d8ff", "#ffd166", "#eceef1", "#d6d04a"],
+    blue: "#6cb8f0", orange: "#f39a4a", green: "#34c883", purple: "#d79bc6", red: "#ff6f9c", yellow: "#ffd166",
+    series: ["#6cb8f0", "#f39a4a", "#34c883", "#e6a3cb", "#a8d8ff", "#ffd166", "#eceef1", "#9966ff"],
     amount: [[0, "#1f2226"], [0.5, "#a55a1c"], [1, "#ffd08a"]],
     balance: [[0, "#63b3f5"], [0.25, "#2f6396"], [0.5, "#24272c"], [0.75, "#96551d"], [1, "#ff9f4a"]],
   },
