@@ -14,7 +14,10 @@ from . import exit_codes
 from .commands import claims, models, runs
 
 _TABLES = {**runs.COMMANDS, **claims.COMMANDS, **models.COMMANDS}
-_ORDER = "train launch dash runs dollars report grafana doctor plan rehearse verify bench data checkpoint sample export import upcycle"
+_ORDER = (
+    "train launch dash runs dollars report grafana workspace "
+    "doctor plan rehearse verify bench data checkpoint sample export import upcycle"
+)
 COMMANDS = {name: _TABLES[name] for name in _ORDER.split()}
 
 

@@ -18,19 +18,19 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 # What several metrics say together: (row, title, unit, [(query, legend)]).
 STATS = (
     ("Health", "Since the last step", "s", [(f"time() - shoestring_last_step_timestamp_seconds{_RUN}", "{{run}}")]),
-    ("Health", "Progress", "percentunit", [(f"shoestring_tokens_total{_RUN} / shoestring_planned_tokens{_RUN}", "{{run}}")]),
+    ("Health", "Progress", "percentunit", [(f"shoestring_tokens{_RUN} / shoestring_planned_tokens{_RUN}", "{{run}}")]),
     ("Health", "Time to go", "s", [(f"shoestring_eta_seconds{_RUN}", "{{run}}")]),
     ("Health", "Spent", "currencyUSD", [(f"shoestring_spent_dollars_total{_RUN}", "{{run}}")]),
 )
 DERIVED = (
-    ("Health", "Tokens per second", "short", [(f"rate(shoestring_tokens_total{_RUN}[$__rate_interval])", "{{run}}")]),
+    ("Health", "Tokens per second", "short", [(f"clamp_min(deriv(shoestring_tokens{_RUN}[$__rate_interval]), 0)", "{{run}}")]),
     ("Cost", "Dollars per hour", "currencyUSD", [(f"3600 * rate(shoestring_spent_dollars_total{_RUN}[$__rate_interval])", "{{run}}")]),
     ("Cost", "What the devices cost per hour", "currencyUSD", [
         (f"shoestring_devices{_RUN} * shoestring_device_hour_dollars{_RUN}", "{{run}}")]),
     ("Cost", "Share of the budget", "percentunit", [(f"shoestring_spent_dollars_total{_RUN} / shoestring_budget_dollars{_RUN}",
     "{{run}}")]),
     ("Cost", "Everything paid for, per billion tokens", "currencyUSD", [
-        (f"1e9 * shoestring_spent_dollars_total{_RUN} / shoestring_tokens_total{_RUN}", "{{run}}")]),
+        (f"1e9 * shoestring_spent_dollars_total{_RUN} / shoestring_tokens{_RUN}", "{{run}}")]),
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def _choice_of_source() -> dict:
 
 
 def _choice_of_runs() -> dict:
-    query = "label_values(shoestring_steps_total, run)"
+    query = "label_values(shoestring_steps, run)"
     return {
         "name": "run", "label": "Run", "type": "query", "datasource": _SOURCE, "query": {"query": query, "refId": "runs"},
         "definition": query,

@@ -144,6 +144,16 @@ def _grafana(args: argparse.Namespace) -> None:
         print(command.call("shoestring.launch.grafana:text"), end="")
 
 
+def _workspace_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("project", metavar="ENTITY/PROJECT", help="as in the address of its page")
+
+
+def _workspace(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise ConfigError("workspace", "", "needs a package that is not installed: pip install 'shoestring[workspace]'")
+    print(command.call("shoestring.launch.workspace:save", args.project))
+
+
 COMMANDS = {
     "train": command.Command(
         help="train a model, or go on with a run that was stopped",
@@ -209,6 +219,12 @@ COMMANDS = {
         arguments=_grafana_arguments,
         run=_grafana,
         examples=("shoestring grafana --output grafana.json",),
+    ),
+    "workspace": command.Command(
+        help="save a view of a W&B project, with the charts arranged",
+        arguments=_workspace_arguments,
+        run=_workspace,
+        examples=("shoestring workspace my-team/shoestring",),
     ),
     "report": command.Command(
         help="write a run's report.html again from its records",

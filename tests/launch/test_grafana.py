@@ -120,8 +120,8 @@ def scraped(tmp_path):
 def test_a_real_prometheus_answers_every_query(scraped):
     port, training, folder = scraped
     try:
-        wait_for(lambda: [r for r in ask(port, 'shoestring_steps_total{run="scraped"} > 12') if r["metric"]["run"] == "scraped"])
-        wait_for(lambda: ask(port, 'rate(shoestring_tokens_total{run="scraped"}[10s]) > 0'))
+        wait_for(lambda: [r for r in ask(port, 'shoestring_steps{run="scraped"} > 12') if r["metric"]["run"] == "scraped"])
+        wait_for(lambda: ask(port, 'deriv(shoestring_tokens{run="scraped"}[10s]) > 0'))
     except AssertionError:
         raise AssertionError((folder / "out").read_text()[-3000:]) from None
     at = time.time()
@@ -132,9 +132,9 @@ def test_a_real_prometheus_answers_every_query(scraped):
         own = ask(port, query.replace("$run", "scraped").replace("$__rate_interval", "10s"), at)
         assert own or any(name in query for name in NOT_IN_THIS_RUN), f"{query}: only of made records"
     values = {name: float(ask(port, f'shoestring_{name}{{run="scraped"}}', at)[0]["value"][1])
-              for name in ("steps_total", "loss_nats", "tokens_total", "spent_dollars_total", "gradient_norm", "max_vio_mean")}  # fmt: skip
-    (written,) = [r for r in metrics.read_records(folder / "run" / "metrics.jsonl") if r.step == values["steps_total"]]
-    assert values == {"steps_total": written.step, "loss_nats": written.loss, "tokens_total": written.tokens,
+              for name in ("steps", "loss_nats", "tokens", "spent_dollars_total", "gradient_norm", "max_vio_mean")}  # fmt: skip
+    (written,) = [r for r in metrics.read_records(folder / "run" / "metrics.jsonl") if r.step == values["steps"]]
+    assert values == {"steps": written.step, "loss_nats": written.loss, "tokens": written.tokens,
     "gradient_norm": written.grad_norm,
                       "spent_dollars_total": written.dollars, "max_vio_mean": written.max_vio_mean}  # fmt: skip
     assert training.poll() is None, "it was scraped while it trained"

@@ -1,7 +1,8 @@
 """What is exported of a run to Prometheus: the one table that the exporter, the Grafana dashboard and their tests read.
 
-Names end in their unit, as Prometheus wants them; what only grows is a counter and ends in `_total`. A series is absent where its value is
-not known. Labels are bounded: the run's name; beside it a layer, a source of text or a measure, at most `MOST` of each; never a step.
+Names end in their unit, as Prometheus wants them; what only grows is a counter and ends in `_total`. Steps and tokens are none: a restart
+takes them back to its checkpoint. A series is absent where its value is not known. Labels are bounded: the run's name; beside it a layer, a
+source of text or a measure, at most `MOST` of each; never a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,10 +52,10 @@ def _metric(name: str, help: str, row: str, unit: str, title: str = "", **more: 
 
 
 METRICS: Sequence[Metric] = (
-    _metric("steps_total", "Optimizer steps that the run has taken.", "Health", "short", "Steps", value=_get("step")),
+    _metric("steps", "Optimizer steps taken; a restart goes back to its checkpoint.", "Health", "short", "Steps", value=_get("step")),
     _metric("last_step_timestamp_seconds", "When the last step ended, seconds since 1970.", "Health", "s", value=_get("time_unix")),
     _metric("restarts_total", "How often the run was started again.", "Health", "short", "Restarts", value=_get("session")),
-    _metric("tokens_total", "Tokens trained, each once.", "Health", "short", "Tokens", value=_get("tokens")),
+    _metric("tokens", "Tokens trained, each once.", "Health", "short", "Tokens", value=_get("tokens")),
     _metric("planned_tokens", "Tokens of the whole run.", "Health", "short", constant=num_tokens),
     _metric("planned_steps", "Optimizer steps of the whole run.", "Health", "short", constant=num_steps),
     _metric("eta_seconds", "Until the last step, at the last one's speed.", "Health", "s", "Time to go", value=_get("eta_seconds")),

@@ -1,4 +1,4 @@
-"""Colours that everyone can tell apart: simulated colour blindness (Machado, Oliveira and Fernandes 2009, full severity), light and dark."""
+"""Colours that everyone can tell apart: simulated colour blindness (Machado et al. 2009, full severity), light and dark."""
 
 import itertools
 import json

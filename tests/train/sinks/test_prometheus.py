@@ -59,7 +59,7 @@ def test_every_value_is_there_under_its_name(sink):
     found = samples(text)
     of = lambda name, **labels: found[(f"shoestring_{name}", *sorted({"run": "here", **labels}.items()))]
     assert status == 200
-    assert (of("steps_total"), of("tokens_total"), of("loss_nats"), of("restarts_total")) == (3, 3 * 8192, 5.25, 2)
+    assert (of("steps"), of("tokens"), of("loss_nats"), of("restarts_total")) == (3, 3 * 8192, 5.25, 2)
     assert of("spent_dollars_total") == 0.0012 and of("budget_dollars") == 20 and of("devices") == 4 and of("planned_steps") == 150
     assert of("eval_source_loss_nats", source='a"b\\c\nd') == 6.0 and of("mtp_loss_nats", module="1") == 6.5
     assert of("layer_max_vio", layer="1") == of("max_vio_worst") == 1.5 and of("rank_overload_worst") == 1.25
@@ -77,7 +77,7 @@ def test_what_is_not_measured_is_absent_and_what_was_stays(sink):
     sink.write(record(2, eval_loss=None, mfu=None, loss=math.nan))
     found = {name: value for (name, *_), value in samples(get(sink.port)[1]).items()}
     assert found["shoestring_eval_loss_nats"] == 5.5, "the last evaluation"
-    assert math.isnan(found["shoestring_loss_nats"]) and found["shoestring_steps_total"] == 2
+    assert math.isnan(found["shoestring_loss_nats"]) and found["shoestring_steps"] == 2
     assert "shoestring_bubble_ratio" not in found and "shoestring_budget_dollars" in found
 
 
@@ -120,7 +120,7 @@ def test_the_port_is_free_again_at_once():
     for step in (1, 2):  # a session that goes back opens its sinks again
         sink = PrometheusSink(config(), port=port, file="")
         sink.write(record(step))
-        assert samples(get(port)[1])[("shoestring_steps_total", ("run", "here"))] == step
+        assert samples(get(port)[1])[("shoestring_steps", ("run", "here"))] == step
         sink.close()
 
 
@@ -131,11 +131,11 @@ def test_the_file_is_written_whole_and_at_most_every_five_seconds(tmp_path, monk
     for step, wait in ((1, 0.0), (2, 2.0), (3, 2.0), (4, 2.0)):
         clock[0] += wait
         sink.write(record(step))
-        now = samples(path.read_text())[("shoestring_steps_total", ("run", "here"))]
+        now = samples(path.read_text())[("shoestring_steps", ("run", "here"))]
         assert now == {1: 1, 2: 1, 3: 1, 4: 4}[step]
     sink.write(record(5))
     sink.close()
-    assert samples(path.read_text())[("shoestring_steps_total", ("run", "here"))] == 5 and not list(path.parent.glob("*.tmp"))
+    assert samples(path.read_text())[("shoestring_steps", ("run", "here"))] == 5 and not list(path.parent.glob("*.tmp"))
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Debian's prometheus")
