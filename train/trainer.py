@@ -271,7 +271,8 @@ class _Session:
             if self.is_main:
                 self.books.end(self.saves.news()["checkpoint_seconds"] or 0.0)
         except Exception as error:
-            self.sinks.trouble("failure", f"after step {self.progress.step}: {type(error).__name__}: {error}".splitlines()[0])
+            words = str(error).removesuffix(str(error.__cause__ or "")).rstrip(": ")  # without what a library adds
+            self.sinks.trouble("failure", f"after step {self.progress.step}: {type(error).__name__}: {words}".splitlines()[0])
             raise
         finally:
             self.sinks.close()

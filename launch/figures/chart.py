@@ -53,4 +53,4 @@ def level(value: float, color: str = "@muted", dash: str = "dash") -> dict:
 def word(value: float, words: str, color: str = "@muted", *, right: bool = True) -> dict:
     """Above a straight line."""
     return {"xref": "paper", "x": 1 if right else 0, "xanchor": "right" if right else "left", "y": value, "yanchor": "bottom",
-            "text": text(words), "showarrow": False, "font": {"size": 11, "color": color}}  # fmt: skip
+            "text": text(words), "showarrow": False, "font": {"size": 11, "color": color}, "bgcolor": "@card", "opacity": 0.9}  # fmt: skip

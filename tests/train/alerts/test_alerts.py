@@ -265,7 +265,8 @@ def test_a_run_that_fails_tells_at_the_end(tmp_path):
     words = [*WORDS, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(Exception, match="the cable is out"):
         fork_ranks(1, job, words, Fails())
-    assert set(begun(tmp_path / "run")) == {"failure"}
+    told = begun(tmp_path / "run")
+    assert set(told) == {"failure"} and told["failure"].text == "after step 0: RuntimeError: the cable is out"
     fork_ranks(1, job, words, Watch())
     assert begun(tmp_path / "run") == {}
 
