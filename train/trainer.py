@@ -341,7 +341,7 @@ class _Session:
     def _go_back(self, error: GoBack) -> None:
         """To the last checkpoint, or to the beginning where there is none."""
         step, upto = self.progress.step, self.progress.sample
-        self.sinks.trouble("loss", f"step {step + 1}: {error}; the run goes back to its last checkpoint")
+        self.sinks.trouble("rollback", f"step {step + 1}: {error}; the run goes back to its last checkpoint")
         self.guard.going_back(str(error), step)
         self.saves.finish()
         stream, self.progress = self.phase.stream, Progress()

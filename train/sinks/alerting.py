@@ -44,7 +44,8 @@ class AlertSink(Sink):
                 self._gaps.append(now - self._since)
             quiet, self._since, self._last = now - self._since, now, record
             self._now("stall", "", f"step {record.step} has come, after {units.duration(quiet)}")
-            self._now("failure", "", f"the run goes on: step {record.step}")
+            for kind in ("failure", "rollback"):
+                self._now(kind, "", f"the run goes on: step {record.step}")
             for rule in self._rules:
                 found = rule.look(record, rule.kind in self._episodes)
                 if found is not None:

@@ -1,11 +1,13 @@
 """Alerts go out once for each episode, to every place, whatever becomes of one of them."""
 
 import json
+import os
 import stat
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -58,11 +60,14 @@ def test_a_stall_is_told_while_it_lasts(tmp_path):
         clock[0] = 118.0
         sink.write(record(2))
         clock[0] += 120
+        sink._out.put(other := replace(ALERT, kind="other"))  # wakes the thread, which sleeps by the real clock
+        wait_for(lambda: kept.alerts)
         time.sleep(0.2)
-        sink.write(record(3))  # five steps of a minute are waited for
-        assert kept.alerts == []
+        assert kept.alerts == [other]  # five steps of a minute are waited for
+        kept.alerts.clear()
+        sink.write(record(3))
         clock[0] += 601
-        sink._out.put(ALERT)  # wakes the thread, which sleeps by the real clock
+        sink._out.put(ALERT)
         wait_for(lambda: len(kept.alerts) == 2)
         assert kept.alerts[1].text == "no step for 10:01, since step 3" and kept.alerts[1].step == 3
         sink.write(record(4))
@@ -189,6 +194,17 @@ def test_a_command_that_fails_is_said_once(words, why, capfd):
     assert why in said and said.count("\n") == 1
 
 
+def test_a_command_that_hangs_leaves_nothing_behind(tmp_path, capfd):
+    """What it has started ends with it."""
+    words = ["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait"]
+    sent = threading.Thread(target=Command(words, limit_s=1.0).send, args=(ALERT,), daemon=True)
+    sent.start()
+    sent.join(30)
+    assert not sent.is_alive() and "did not end within 1 s" in capfd.readouterr().err
+    child = f"/proc/{int((tmp_path / 'child').read_text())}/stat"
+    wait_for(lambda: not os.path.exists(child) or ") Z " in open(child).read())  # noqa: SIM115
+
+
 def test_one_channel_that_fails_does_not_keep_it_from_others(tmp_path, capfd):
     said, mails, kept = [], [], Kept()
 
@@ -214,7 +230,9 @@ def test_an_address_in_a_configuration_is_refused_unseen():
 
 
 class Spikes(Watch):
-    """At step 6, and at no other, the loss that is found is not finite, each time."""
+    """At step 6, and at no other, the loss that is found is not finite, in the first tries."""
+
+    tries = 2
 
     def begun(self, engine):
         compute = engine.executor.step
@@ -227,7 +245,7 @@ class Spikes(Watch):
                 next(grad for grad in engine.optimizer.main_grad.values() if grad.any()).view(-1)[0] = float("nan")
             return losses
 
-        self.left = 2
+        self.left, self.tries = self.tries, 0  # not again after going back
         engine.executor.step = step
 
 
@@ -251,6 +269,17 @@ def test_a_step_that_is_not_taken_is_told(tmp_path, ep):
     assert [json.loads(body)["kind"] for _, body in posted] == ["loss", "loss"]
     assert [json.loads(line) for line in (tmp_path / "heard").read_text().splitlines()] == kept
     assert "canary" not in "".join(p.read_text(errors="replace") for p in (tmp_path / "run").rglob("*") if p.is_file())
+
+
+def test_going_back_is_told(tmp_path):
+    """Two steps in a row that cannot be trained on, and the run goes back to the checkpoint of step 4: told, and over with the step after."""
+    spikes = Spikes()
+    spikes.tries = 6  # each twice, and a third time to find whose it is
+    words = [*WORDS, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "guard.patience=2", "checkpoint.interval=4"]
+    fork_ranks(1, job, words, spikes)
+    kept = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    assert [(a["kind"], a["firing"]) for a in kept] == [("loss", True), ("rollback", True), ("rollback", False), ("loss", False)]
+    assert "the run goes back to its last checkpoint" in kept[1]["text"] and kept[2]["text"] == "the run goes on: step 5"
 
 
 class Fails(Watch):

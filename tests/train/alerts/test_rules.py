@@ -89,6 +89,13 @@ def test_a_drop_of_speed_must_last_a_minute():
     assert told(rule_of("speed", *words), quick) == [], "four quick steps are no minute"
 
 
+def test_a_speed_that_hovers_is_told_once():
+    """Limit 0.28 of 0.4; over above 0.304. What lasts never becomes usual."""
+    low = [record(i, mfu=0.4 if i <= 100 else (0.27, 0.29)[i // 20 % 2], step_seconds=10.0) for i in range(1, 4000)]
+    ((_, fired),) = told(rule_of("speed", "launch.alerts.window=4"), low)
+    assert fired
+
+
 def test_another_length_of_sequences_is_another_speed():
     steps = [record(i, mfu=0.4 if i <= 100 else 0.2, seq_len=4096 if i <= 100 else 32768, step_seconds=10.0) for i in range(1, 200)]
     assert told(rule_of("speed", "launch.alerts.window=4"), steps) == []
