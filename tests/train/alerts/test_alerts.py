@@ -272,7 +272,7 @@ def test_a_step_that_is_not_taken_is_told(tmp_path, ep):
 
 
 def test_going_back_is_told(tmp_path):
-    """Two steps in a row that cannot be trained on, and the run goes back to the checkpoint of step 4: told, and over with the step after."""
+    """Two steps in a row that cannot be trained on, then back to the checkpoint of step 4: told, and over with the step after."""
     spikes = Spikes()
     spikes.tries = 6  # each twice, and a third time to find whose it is
     words = [*WORDS, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "guard.patience=2", "checkpoint.interval=4"]
