@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -54,25 +53,33 @@ def test_a_stall_is_told_while_it_lasts(tmp_path):
     """By a clock that the test moves; longer than usual steps wait longer."""
     clock, kept = [0.0], Kept()
     sink = AlertSink(load([*WORDS, "launch.alerts.stall_s=60"]), tmp_path, [kept], clock=lambda: clock[0])
+
+    def look(expected: int):
+        """Wakes the thread, which sleeps by the real clock, and waits until it has looked."""
+        sink.trouble(f"wakes it {clock[0]}", "up")
+        wait_for(lambda: kept.alerts and kept.alerts[-1].text == "up")
+        kept.alerts.pop()
+        if expected:
+            wait_for(lambda: kept.alerts)
+        else:
+            time.sleep(0.3)
+        assert len(kept.alerts) == expected
+        return kept.alerts.pop() if expected else None
+
     try:
         clock[0] = 59.0
         sink.write(record(1))
         clock[0] = 118.0
         sink.write(record(2))
         clock[0] += 120
-        sink._out.put(other := replace(ALERT, kind="other"))  # wakes the thread, which sleeps by the real clock
-        wait_for(lambda: kept.alerts)
-        time.sleep(0.2)
-        assert kept.alerts == [other]  # five steps of a minute are waited for
-        kept.alerts.clear()
+        look(0)  # five steps of a minute are waited for
         sink.write(record(3))
         clock[0] += 601
-        sink._out.put(ALERT)
-        wait_for(lambda: len(kept.alerts) == 2)
-        assert kept.alerts[1].text == "no step for 10:01, since step 3" and kept.alerts[1].step == 3
+        stall = look(1)
+        assert stall.text == "no step for 10:01, since step 3" and stall.step == 3 and stall.firing
         sink.write(record(4))
-        wait_for(lambda: len(kept.alerts) == 3)
-        assert not kept.alerts[2].firing and kept.alerts[2].text == "step 4 has come, after 10:01"
+        wait_for(lambda: kept.alerts)
+        assert not kept.alerts[0].firing and kept.alerts[0].text == "step 4 has come, after 10:01"
     finally:
         sink.close()
 
