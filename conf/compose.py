@@ -1,8 +1,9 @@
 """From command-line words to a configuration: Hydra composes, and its complaints become one sentence each."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
+from omegaconf.resolvers import oc
 
 from .build import build, is_known, nearest_key
 from .errors import ConfigError, UnknownKey, most_like
@@ -85,7 +87,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     ConfigStore.instance().store(name="schema", node=_defaults())
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("shoestring.conf", version_base="1.3"):
+        with _without_environment(), initialize_config_module("shoestring.conf", version_base="1.3"):
             return hydra_compose("config", overrides=words)
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
@@ -100,10 +102,25 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 def finish(composed: DictConfig) -> Config:
     """Typed, checked and frozen, what `compose` gave. Raises ConfigError."""
     try:
-        tree = OmegaConf.to_container(composed, resolve=True)
+        with _without_environment():
+            tree = OmegaConf.to_container(composed, resolve=True)
+    except UnsupportedInterpolationType as error:
+        rule = "may refer to other settings only, as in ${train.steps}: what an environment variable holds would be kept with the run"
+        raise ConfigError(error.full_key or "config", str(error.child_node), rule) from None
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "config", str(error.child_node), str(error.msg).splitlines()[0]) from None
     return _checked(tree)
+
+
+@contextlib.contextmanager
+def _without_environment() -> Iterator[None]:
+    """`${oc.env:NAME}` is not known: a configuration of somebody else's could take a secret into the run directory, or onto the screen."""
+    known = OmegaConf.clear_resolver("oc.env")
+    try:
+        yield
+    finally:
+        if known:
+            OmegaConf.register_new_resolver("oc.env", oc.env)
 
 
 def _checked(tree: dict[str, Any]) -> Config:

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 
 import pytest
+from omegaconf import OmegaConf
 from shoestring.conf.compose import load, load_saved, to_yaml
 from shoestring.conf.errors import ConfigError, UnknownKey
 from shoestring.conf.schema import Config
@@ -191,3 +192,19 @@ def test_a_saved_configuration_is_taken_as_it_stands(tmp_path, monkeypatch):
     text = to_yaml(load(["experiment=tiny"])).replace("name: tiny\n", "name: '${oc.env:CANARY}'\n", 1)
     (tmp_path / "config.yaml").write_text(text)
     assert load_saved(tmp_path / "config.yaml").name == "${oc.env:CANARY}"
+
+
+@pytest.mark.parametrize(
+    "word", ["name=${oc.env:CANARY}", "model=${oc.env:CANARY}", "data.cache_dir=/x/${oc.env:CANARY,y}", "+x=${oc.env:CANARY}"]
+)
+def test_environment_variables_are_not_read(monkeypatch, word):
+    """What one holds would be kept with the run, or shown; other programs in this process still have OmegaConf's resolver."""
+    monkeypatch.setenv("CANARY", "the secret")
+    with pytest.raises(ConfigError) as caught:
+        load(["experiment=tiny", word])
+    assert "the secret" not in str(caught.value) and "oc.env" in str(caught.value)
+    assert OmegaConf.create({"a": "${oc.env:CANARY}"}).a == "the secret"
+
+
+def test_other_settings_may_be_referred_to():
+    assert load(["experiment=tiny", "name=steps_${train.steps}"]).name == "steps_150"
