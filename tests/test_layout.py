@@ -118,7 +118,33 @@ def cycles(texts: dict[str, str]) -> list[list[str]]:
     return found
 
 
-RULES = [upward, absolute, local, environment, private]
+def runs_data(path: str, text: str) -> list[str]:
+    """What could run a program that is in a file: pickles, code in models, YAML tags, classes by name, shells."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [module for module in modules if module.split(".")[0] in ("marshal", "shelve", "dill", "cloudpickle", "joblib")]
+            found += ["from pickle"] * (isinstance(node, ast.ImportFrom) and node.module == "pickle")
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if name in RUNNERS or (name in ("pickle.load", "pickle.loads", "pickle.Unpickler") and path not in UNPICKLES):
+            found.append(name)
+        if name == "torch.load" and given.get("weights_only") != "True":
+            found.append("torch.load of more than tensors")
+        if name in ("yaml.load", "yaml.load_all") and "SafeLoader" not in given.get("Loader", ""):
+            found.append("yaml.load with any tag")
+        if name.split(".")[-1] == "instantiate":
+            found.append("instantiate")
+        found += [f"{word}=True" for word in ("trust_remote_code", "allow_pickle", "shell") if given.get(word, "False") != "False"]
+    return found
+
+
+RULES = [upward, absolute, local, environment, private, runs_data]
+RUNNERS = ("eval", "exec", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load")
+# A restricted unpickler; what our own processes on this machine send one another.
+UNPICKLES = ("train/checkpoint/manifest.py", "launch/local.py")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -154,6 +180,16 @@ BAD = [
     (private, "train/a.py", "import torch\ntorch._foreach_add_(a, b)"),
     (private, "train/a.py", "import torch.distributed as dist\ndist.distributed_c10d._get_default_group()"),
 ]
+BAD += [
+    (runs_data, "train/a.py", text)
+    for text in (
+        "import pickle\npickle.loads(x)", "import pickle\npickle.Unpickler(f).load()", "torch.load(f)", "torch.load(f, weights_only=False)",
+        "torch.load(f, weights_only=safe)", "AutoModel.from_pretrained(x, trust_remote_code=True)", "np.load(f, allow_pickle=True)",
+        "yaml.load(f, Loader=yaml.Loader)", "yaml.load(f, yaml.UnsafeLoader)", "yaml.unsafe_load(f)", "hydra.utils.instantiate(c)",
+        "instantiate(c)", "eval(x)", "exec(x)", "os.system(x)", "subprocess.run(x, shell=True)", "import dill", "from joblib import load",
+        "from pickle import loads",
+    )
+]  # fmt: skip
 GOOD = [
     (upward, "train/a.py", "from ..parallel import groups\nfrom . import cost\nfrom ..conf.schema import Config"),
     (upward, "train/__main__.py", "from ..launch.cli import main"),
@@ -161,6 +197,8 @@ GOOD = [
     (environment, "launch/a.py", "import os\nos.environ['A']"),
     (private, "parallel/_torch.py", "from torch._C import Node"),
     (private, "train/a.py", "import torch\ntorch.full((2,), self._size).sum()"),
+    (runs_data, "train/a.py", "model.eval()\ntorch.load(f, weights_only=True)\nyaml.safe_load(f)\nyaml.load(f, Loader=yaml.CSafeLoader)"),
+    (runs_data, "train/checkpoint/manifest.py", "import pickle\npickle.Unpickler(f).load()"),
     (private, "train/a.py", "import torch\ntorch.__version__\nself._torch = 3\nx._private()"),
 ]
 

@@ -30,7 +30,7 @@ from .by_nodes import nodes_of
 from .cases import Case, changed
 from .certificate import Result, measure
 from .compare import LIMITS, Deviation, Limits, compare, near_ties, resumed, worst
-from .evidence import Choose, Evidence
+from .evidence import Choose, Evidence, Step
 from .routing import make, replay, trace_of
 
 # One process, and nothing that may not matter.
@@ -170,7 +170,8 @@ def reference(config: Config, routing: str, folder: Path) -> Reference:
         made = _make_reference(alone, routing, folder / f"{key}.{time.monotonic_ns()}", rounded, nodes)
         torch.save(made, partial := path.with_suffix(f".{time.monotonic_ns()}"))
         partial.rename(path)
-    evidence, trace, logits, forced = torch.load(path, weights_only=False)  # written above
+    with torch.serialization.safe_globals([Evidence, Step]):
+        evidence, trace, logits, forced = torch.load(path, weights_only=True)
     choose = replay(trace)
     return Reference(evidence=evidence, choose=choose if forced else make(routing, config), logits=logits, trace=choose)
 
