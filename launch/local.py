@@ -47,7 +47,7 @@ def fork_ranks(world_size: int, target: Callable, *args, timeout_s: float = 300.
                 process.kill()
             for process in ranks:
                 process.join()
-    return [pickle.loads(answers[r]) for r in range(world_size)]  # noqa: S301: of our own children
+    return [pickle.loads(answers[r]) for r in range(world_size)]  # noqa: S301 of our own children
 
 
 def _collect(ranks, results, deadline) -> dict[int, bytes]:
