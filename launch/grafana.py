@@ -27,8 +27,8 @@ DERIVED = (
     ("Cost", "Dollars per hour", "currencyUSD", [(f"3600 * rate(shoestring_spent_dollars_total{_RUN}[$__rate_interval])", "{{run}}")]),
     ("Cost", "What the devices cost per hour", "currencyUSD", [
         (f"shoestring_devices{_RUN} * shoestring_device_hour_dollars{_RUN}", "{{run}}")]),
-    ("Cost", "Share of the budget", "percentunit", [(f"shoestring_spent_dollars_total{_RUN} / shoestring_budget_dollars{_RUN}",
-    "{{run}}")]),
+    ("Cost", "Share of the budget", "percentunit", [
+        (f"shoestring_spent_dollars_total{_RUN} / shoestring_budget_dollars{_RUN}", "{{run}}")]),
     ("Cost", "Everything paid for, per billion tokens", "currencyUSD", [
         (f"1e9 * shoestring_spent_dollars_total{_RUN} / shoestring_tokens{_RUN}", "{{run}}")]),
 )  # fmt: skip

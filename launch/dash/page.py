@@ -179,10 +179,9 @@ def _head(runs: Sequence[Run]) -> list[Component]:
 def _tiles(runs: Sequence[Run], plan: planned.Planned | None) -> Component:
     if len(runs) == 1:
         boxes = [
-            html.Div([html.Div(t.label, className="label"), html.Div(t.value, className="value"), html.Div(t.note, className="note")],
-            className="tile")
+            html.Div([html.Div(getattr(t, part), className=part) for part in ("label", "value", "note")], className="tile")
             for t in facts.tiles(runs[0], plan)
-        ]  # fmt: skip
+        ]
         return html.Section(boxes, className="tiles")
     head = ["Run", "State", *(t.label for t in facts.tiles(runs[0]))]
     rows = [[run.label, facts.status(run), *(t.value for t in facts.tiles(run))] for run in runs]

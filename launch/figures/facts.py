@@ -57,8 +57,7 @@ def tiles(run: Run, planned: Planned | None = None) -> list[Tile]:
         Tile("Tokens/s/GPU", units.count(speed), _beside(run, planned)),
         Tile("MFU", units.percent(run.recent("mfu")), f"of {peak / 1e12:g} TFLOP/s, {c.precision.products}" if peak else "peak unknown"),
         Tile("Spent", units.money(spent), _spent(run, seconds)),
-        Tile("Per billion tokens", units.money(spent / tokens * 1e9 if tokens and spent is not None else None),
-        "everything paid for included"),
+        Tile("Per billion tokens", units.money(spent / tokens * 1e9 if tokens and spent is not None else None), "of all that was paid for"),
         Tile("Tokens", units.count(tokens), of_tokens),
         _to_go(run),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The chart of what memory holds: projected by category for the fullest rank, beside the measured peak."""
 
 from ...train import units
-from .chart import Chart
+from .chart import SERIES, Chart
 from .planned import Planned
 from .run import Run
 
@@ -18,14 +18,13 @@ def chart(run: Run, planned: Planned | None) -> Chart | None:
     m, peak = planned.memory, run.number("memory_gb")
     data = [
         {"type": "bar", "orientation": "h", "name": name, "y": ["projected"], "x": [getattr(m, key) / 1e9],
-        "marker": {"color": f"@series{i % 8}"},
-         "hovertemplate": f"{name}: %{{x:.4~g}} GB<extra>projected</extra>", **({} if i < 8 else {"marker": {"color": "@muted"}})}
+         "marker": {"color": f"@series{i}" if i < SERIES else "@muted"},
+         "hovertemplate": f"{name}: %{{x:.4~g}} GB<extra>projected</extra>"}
         for i, (key, name) in enumerate(CATEGORIES.items()) if getattr(m, key)
     ]  # fmt: skip
     if peak is not None:
         data.append({"type": "bar", "orientation": "h", "name": "measured peak", "y": ["measured"], "x": [peak],
-        "marker": {"color": "@text"},
-                     "hovertemplate": "measured peak: %{x:.4~g} GB<extra></extra>"})  # fmt: skip
+                     "marker": {"color": "@text"}, "hovertemplate": "measured peak: %{x:.4~g} GB<extra></extra>"})  # fmt: skip
     layout = {
         "barmode": "stack",
         "xaxis": {"title": {"text": "GB"}, "rangemode": "tozero"},

@@ -45,8 +45,8 @@ def waterfall(run: Run) -> Chart | None:
         {"type": "bar", "x": [*names, "all"], "y": [*(part.dollars for part in parts), whole], "base": [*bases, 0.0],
          "marker": {"color": [*(COLORS.get(name, "@blue") for name in names), "@text"]},
          "text": [*(units.money(part.dollars) for part in parts), units.money(whole)], "textposition": "outside", "cliponaxis": False,
-         "customdata": [*told, ["all", f"{units.money(whole)} · {units.duration(sum(p.seconds for p in parts))}",
-         "what the devices were held for"]],
+         "customdata": [
+             *told, ["all", f"{units.money(whole)} · {units.duration(sum(p.seconds for p in parts))}", "what the devices were held for"]],
          "hovertemplate": hover, "textfont": {"color": "@soft", "size": 11}}
     ]  # fmt: skip
     layout = {"xaxis": {"showgrid": False, "tickangle": -35}, "yaxis": {"tickprefix": "$", "range": [0, 1.12 * whole]}, "bargap": 0.25}
