@@ -65,8 +65,8 @@ def test_only_names_of_this_machine_are_answered(server, host, status):
 @pytest.mark.parametrize(
     "path",
     ["/assets/../page.py", "/assets/%2e%2e/page.py", "/assets/..%2f..%2fpage.py", "/assets//etc/passwd", "/..%2fsecret", "/../secret",
-     "/secret", "/records.csv?run=../../secret", "/records.csv?run=/etc", "/records.csv?run=", "/records.csv", "/records.csv?run=one/../one",
-     "/_dash-component-suites/dash/../../../../etc/passwd", "/_dash-component-suites/os/os.py"],
+     "/secret", "/records.csv?run=../../secret", "/records.csv?run=/etc", "/records.csv?run=", "/records.csv",
+     "/records.csv?run=one/../one", "/_dash-component-suites/dash/../../../../etc/passwd", "/_dash-component-suites/os/os.py"],
 )  # fmt: skip
 def test_nothing_but_its_own_is_served(server, path):
     status, _, text = ask(server, path)

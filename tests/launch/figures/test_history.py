@@ -101,7 +101,8 @@ def test_hostile_records_are_bounded():
 @pytest.mark.parametrize(
     "line",
     ["", "{", "[]", "3", "null", '"a"', "{}", '{"step": 1}', '{"step": "1", "tokens": 2, "loss": 1}',
-     '{"step": NaN, "tokens": 2, "loss": 1}', '{"step": 1, "tokens": 1e999, "loss": 1}', '{"step": true, "tokens": 2, "loss": 1}', '{"step": 1, "tokens": 2}', "[" * 100_000,
+     '{"step": NaN, "tokens": 2, "loss": 1}', '{"step": 1, "tokens": 1e999, "loss": 1}',
+     '{"step": true, "tokens": 2, "loss": 1}', '{"step": 1, "tokens": 2}', "[" * 100_000,
      "\x00\xff"],
 )  # fmt: skip
 def test_what_is_no_record(line):
