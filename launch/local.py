@@ -21,9 +21,15 @@ import torch.multiprocessing as mp
 
 from ..parallel import world
 
+TRIES = 3  # to meet: gloo now and then takes a connection for one of a group that is gone
+
 
 class RankFailed(RuntimeError):
     """A forked rank raised, died or did not answer; the message holds its traceback."""
+
+
+class NotMet(RankFailed):
+    """Ranks have not found one another; nothing of what they were to do has begun."""
 
 
 def fork_ranks(world_size: int, target: Callable, *args, timeout_s: float = 300.0) -> list[Any]:
@@ -32,6 +38,15 @@ def fork_ranks(world_size: int, target: Callable, *args, timeout_s: float = 300.
     Each rank runs one thread, with torch.distributed initialised. Every process started here is ended here.
     Raises RankFailed with the first traceback, or naming the ranks that did not answer within `timeout_s`.
     """
+    for tries in range(1, TRIES + 1):
+        try:
+            return _fork(world_size, target, args, timeout_s)
+        except NotMet:
+            if tries == TRIES:
+                raise
+
+
+def _fork(world_size: int, target: Callable, args: tuple, timeout_s: float) -> list[Any]:
     context = mp.get_context("fork")
     results = context.Queue()
     with tempfile.TemporaryDirectory(prefix="shoestring-") as folder:
@@ -64,7 +79,7 @@ def _collect(ranks, results, deadline) -> dict[int, bytes]:
                 raise RankFailed(f"no answer from ranks {silent} of {len(ranks)} in time") from None
             continue
         if not ok:
-            raise RankFailed(f"rank {rank}:\n{answer}")
+            raise (NotMet if ok is None else RankFailed)(f"rank {rank}:\n{answer}")
         answers[rank] = answer
     return answers
 
@@ -73,11 +88,13 @@ def _rank(rank, meeting, target, args, results):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what the parent left is not searched for garbage: a third of a second, and copies of all its pages, each time
     torch.set_num_threads(1)
+    met = None
     try:
         world.join(rank=rank, **meeting)
+        met = False
         answer = (rank, True, pickle.dumps(target(*args)))  # bytes: tensors in a queue would need live file descriptors
     except BaseException:
-        answer = (rank, False, traceback.format_exc())
+        answer = (rank, met, traceback.format_exc())
     results.put(answer)
     results.close(), results.join_thread()
     with contextlib.suppress(Exception):

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from shoestring.launch import local
 from shoestring.launch.local import RankFailed, fork_ranks
 
 
@@ -67,3 +68,22 @@ def _unpicklable():
 def test_a_result_that_cannot_travel_is_an_error_and_no_hang():
     with pytest.raises(RankFailed, match="pickle"):
         fork_ranks(1, _unpicklable)
+
+
+def test_ranks_that_do_not_meet_try_again(monkeypatch, tmp_path):
+    """Before anything has begun, and not for ever."""
+    join = local.world.join
+
+    def fails(*, rank, **meeting):
+        with open(tmp_path / f"tries{rank}", "a") as file:
+            file.write("x")
+        if rank == 1 and (tmp_path / "tries1").read_text() != "x" * 3:
+            raise RuntimeError("Gloo connectFullMesh failed")
+        join(rank=rank, **meeting)
+
+    monkeypatch.setattr(local.world, "join", fails)
+    assert fork_ranks(2, torch.distributed.get_rank) == [0, 1]
+    with pytest.raises(local.NotMet, match="connectFullMesh"):
+        (tmp_path / "tries1").write_text("x" * 5)
+        fork_ranks(2, torch.distributed.get_rank)
+    assert len((tmp_path / "tries1").read_text()) == 5 + local.TRIES
