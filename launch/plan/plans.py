@@ -131,16 +131,16 @@ def read_words(path: Path, number: int = 1) -> list[str]:
     """The command line of plan `number` of a file (1 is the best). Raises ConfigError for a file that is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        plans = content["plans"] if content["format"] == FORMAT else None
+        words = [plan["words"] for plan in content["plans"]] if content["format"] == FORMAT else None
     except OSError as error:
         raise ConfigError("plan", str(path), f"cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        plans = None
-    if plans is None:
+    except (ValueError, KeyError, TypeError, RecursionError):
+        words = None
+    if words is None or not all(isinstance(plan, list) and all(isinstance(word, str) for word in plan) for plan in words):
         raise ConfigError("plan", str(path), "is no file that `shoestring plan ... output=FILE` wrote")
-    if not 1 <= number <= len(plans):
-        raise ConfigError("number", number, f"{path} has {len(plans)} plans", min(max(number, 1), len(plans)) or None)
-    return [str(word) for word in plans[number - 1]["words"]]
+    if not 1 <= number <= len(words):
+        raise ConfigError("number", number, f"{path} has {len(words)} plans", min(max(number, 1), len(words)) or None)
+    return words[number - 1]
 
 
 def launch_words(words: Sequence[str]) -> list[str]:

@@ -76,7 +76,7 @@ def _loads(path: Path) -> Tensor:
         counts = torch.tensor([record["expert_load"] for record in records if record.get("expert_load")], dtype=torch.int64)
     except OSError as error:
         raise ConfigError("routing", str(path), f"cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError):  # RuntimeError: torch's for odd shapes
         counts = torch.zeros(0)
     if counts.dim() != 3 or not counts.numel():
         raise ConfigError("routing", str(path), "has no expert_load: it is no metrics.jsonl of a run with experts")

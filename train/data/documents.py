@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 MAX_PIECES = 1024  # of one source, about: larger corpora get larger pieces
-_HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
+MAX_DOCUMENT_LENGTH = 64_000_000  # characters; of a file that is still to be decoded, bytes
+_SHOWN = 12  # names of columns
+HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
 
 
 class DataError(RuntimeError):
@@ -81,7 +83,7 @@ def take_column(where: str, record: Any, column: str) -> Iterator[Document | Bad
     if not isinstance(record, dict):
         yield Bad(where=where, why=f"a {type(record).__name__}, not an object with a column {column!r}")
     elif column not in record:
-        yield Bad(where=where, why=f"no column {column!r}; it has {', '.join(map(str, record)) or 'none'}")
+        yield Bad(where=where, why=f"no column {column!r}; it has {_some(list(map(str, record)))}")
     elif isinstance(record[column], bytes):
         yield from decode(where, record[column].decode("latin-1"))
     elif not isinstance(record[column], str):
@@ -100,6 +102,11 @@ def accept(where: str, text: str) -> Iterator[Document | Bad]:
         yield Bad(where=where, why=f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}")
         return
     yield Document(text=text, where=where)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(name[:40] for name in names[:_SHOWN]) or "none"
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 @contextlib.contextmanager
@@ -121,7 +128,7 @@ def read_hopefully(source: Source, piece: Piece) -> Iterator[Document | Bad]:
             bad = -1
         elif bad >= 0:
             bad += 1
-            if bad == _HOPELESS:
+            if bad == HOPELESS:
                 raise DataError(f"data source {source.name}: {bad} documents in a row are unusable, and none was good before; the last: "
                                 f"{document.where}: {document.why}; correct data.sources.{source.name}")  # fmt: skip
         yield document

@@ -15,6 +15,7 @@ from .documents import MAX_PIECES, Bad, DataError, Document, Piece, explained, f
 
 HUB_TIMEOUT_S = 10.0
 _PIECE_DOCUMENTS = 2000
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 def load_dataset(*args, **kwargs) -> Any:
@@ -54,6 +55,7 @@ class HubSource:
         if rows.column_names is not None and c.column not in rows.column_names:
             raise DataError(f"data source {self.name}: {c.dataset} has no column {c.column!r}; it has {', '.join(rows.column_names)}; "
                             f"set data.sources.{self.name}.column")  # fmt: skip
+        self._check_column(rows)
         if not c.streaming:
             total = min(rows.num_rows, c.max_documents or rows.num_rows)
             return ranges(total, max(_PIECE_DOCUMENTS, total // MAX_PIECES), revision)
@@ -76,6 +78,14 @@ class HubSource:
                     where = f"{c.dataset} {c.split} " + (f"shard {shard} row {i}" if c.streaming else f"row {piece.start + i}")
                     yield from take_column(where, row, c.column)
                     count += 1
+
+    def _check_column(self, rows: Any) -> None:
+        """Text, or bytes of it: `datasets` opens what an image's or a sound's row names, any file or address."""
+        c = self._config
+        kind = "string" if rows.features is None else str(getattr(rows.features.get(c.column), "dtype", "no text"))
+        if kind not in _TEXT:
+            raise DataError(f"data source {self.name}: column {c.column!r} of {c.dataset} holds {kind}, and must hold text; "
+                            f"set data.sources.{self.name}.column")  # fmt: skip
 
     def _ask_hub(self) -> str:
         """The commit that the revision names now. One short question, before `datasets` asks with many retries."""

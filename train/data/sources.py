@@ -1,38 +1,31 @@
 """Where documents come from: the standard library's own sources, files, the Hugging Face Hub, or made up."""
 
-import contextlib
 import glob
-import gzip
-import json
 import os
 import random
-import shutil
 import string
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
 from ...conf.schema import ConfigError, SourceConfig, choose
-from .documents import MAX_PIECES, Bad, DataError, Document, Piece, Source, decode, explained, ranges, take_column
-from .hub import HubSource, load_dataset
+from .documents import MAX_PIECES, Bad, DataError, Document, Piece, Source, ranges
+from .files import SUFFIXES, read_file
+from .hub import HubSource
 
 PIECE_BYTES = 4_000_000  # small files share a piece of about this size
 PIECE_DOCUMENTS = 500
-_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def make_source(name: str, config: SourceConfig, cache_dir: Path) -> Source:
     """The source that `data.sources.<name>` describes."""
     if config.kind == "stdlib":
-        return StdlibSource(name, config, cache_dir)
+        return StdlibSource(name, config)
     if config.kind == "files":
-        return FilesSource(name, config, cache_dir)
+        return FilesSource(name, config)
     if config.kind == "hf":
         return HubSource(name, config, cache_dir)
     return SyntheticSource(name, config)
@@ -59,8 +52,8 @@ def check(name: str, config: SourceConfig) -> None:
 class FilesSource:
     """Files named by globs. A .txt is read by `sample_by`, a .jsonl by line, a .parquet by row; .gz is read as it is."""
 
-    def __init__(self, name: str, config: SourceConfig, cache_dir: Path):
-        self.name, self._config, self._cache_dir = name, config, cache_dir
+    def __init__(self, name: str, config: SourceConfig):
+        self.name, self._config = name, config
         self._sizes = {str(path): path.stat().st_size for path in self._find()}
 
     def _find(self) -> list[Path]:
@@ -69,13 +62,13 @@ class FilesSource:
             expanded = os.path.expanduser(pattern)
             folder = os.path.isdir(expanded)
             matches = glob.glob(os.path.join(expanded, "**", "*") if folder else expanded, recursive=True)
-            files = [Path(m).resolve() for m in matches if os.path.isfile(m) and (not folder or m.endswith(_SUFFIXES))]
+            files = [Path(m).resolve() for m in matches if os.path.isfile(m) and (not folder or m.endswith(SUFFIXES))]
             if not files:
                 raise DataError(f"data source {self.name}: no file matches {pattern!r} (looked from {os.getcwd()}); "
                                 f"set data.sources.{self.name}.paths")  # fmt: skip
             for file in files:
-                if not file.name.endswith(_SUFFIXES):
-                    raise DataError(f"data source {self.name}: {file} is none of {', '.join(_SUFFIXES)}; "
+                if not file.name.endswith(SUFFIXES):
+                    raise DataError(f"data source {self.name}: {file} is none of {', '.join(SUFFIXES)}; "
                                     f"convert it or narrow data.sources.{self.name}.paths")  # fmt: skip
             found.update(files)
         return sorted(found)
@@ -90,87 +83,8 @@ class FilesSource:
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         c = self._config
-        documents, others = [], []
-        for file in piece.files:
-            whole = c.sample_by == "document" and file.endswith((".txt", ".txt.gz"))
-            (documents if whole else others).append(file)
-        yield from _limited(_read_all(documents, others, c, self._cache_dir), c.max_documents)
-
-
-def _read_all(documents: list[str], others: list[str], c: SourceConfig, cache_dir: Path) -> Iterator[Document | Bad]:
-    yield from _read_whole_files(documents, cache_dir)
-    for file in others:
-        if file.endswith(".parquet"):
-            yield from _read_parquet(file, c.column)
-        elif file.endswith((".jsonl", ".jsonl.gz")):
-            for where, raw in _read_raw([file], "line", cache_dir):
-                yield from _parse_json_line(where, raw, c.column)
-        else:
-            for where, raw in _read_raw([file], c.sample_by, cache_dir):
-                yield from decode(where, raw)
-
-
-def _read_whole_files(files: list[str], cache_dir: Path) -> Iterator[Document | Bad]:
-    for where, raw in _read_raw(files, "document", cache_dir):
-        yield from decode(where, raw)
-
-
-def _read_raw(files: list[str], sample_by: str, cache_dir: Path) -> Iterator[tuple[str, str]]:
-    """(where, raw text) of each sample. Raw text has one character per *byte* (latin-1), so that bad bytes spoil one sample only.
-
-    `datasets` would otherwise give up on the whole file. Line ends become "\\n", as in any text file.
-    """
-    if not files:
-        return
-    span = files[0] if len(files) == 1 else f"one of {files[0]} … {files[-1]}"
-    with explained(span), _unpacked(files, cache_dir) as plain:
-        escaped = [glob.escape(file) for file in plain]  # `datasets` takes every name for a pattern
-        rows = load_dataset("text", data_files=escaped, split="train", streaming=True, sample_by=sample_by, encoding="latin-1")
-        if sample_by == "document":
-            yield from ((file, row["text"]) for file, row in zip(files, rows, strict=True))
-        else:
-            yield from ((f"{files[0]}:{sample_by} {i}", row["text"]) for i, row in enumerate(rows, 1))
-
-
-@contextlib.contextmanager
-def _unpacked(files: list[str], cache_dir: Path) -> Iterator[list[str]]:
-    """The files with each .gz unpacked beside the cache meanwhile: `datasets` ignores the encoding of a packed file."""
-    if not any(file.endswith(".gz") for file in files):
-        yield list(files)
-        return
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unpacked-", dir=cache_dir) as folder:
-        plain = []
-        for i, file in enumerate(files):
-            if file.endswith(".gz"):
-                plain.append(os.path.join(folder, f"{i:06d}.txt"))
-                with explained(file), gzip.open(file) as source, open(plain[-1], "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            else:
-                plain.append(file)
-        yield plain
-
-
-def _parse_json_line(where: str, raw: str, column: str) -> Iterator[Document | Bad]:
-    for line in decode(where, raw):
-        if isinstance(line, Bad):
-            yield line
-            continue
-        try:
-            record = json.loads(line.text)
-        except (ValueError, RecursionError) as error:
-            yield Bad(where=where, why=f"not JSON: {error}")
-            continue
-        yield from take_column(where, record, column)
-
-
-def _read_parquet(file: str, column: str) -> Iterator[Document | Bad]:
-    with explained(file):
-        columns = pyarrow.parquet.read_schema(file).names
-        only = [column] if column in columns else None
-        rows = load_dataset("parquet", data_files=[glob.escape(file)], split="train", streaming=True, columns=only)
-        for i, row in enumerate(rows):
-            yield from take_column(f"{file}:row {i + 1}", row, column)
+        documents = (document for file in piece.files for document in read_file(file, c.sample_by, c.column))
+        return _limited(documents, c.max_documents)
 
 
 def _group_files(sizes: dict[str, int], limited: bool) -> list[Piece]:
@@ -200,8 +114,8 @@ def _limited(documents: Iterator[Document | Bad], limit: int) -> Iterator[Docume
 class StdlibSource:
     """The .py files of the Python that runs this, without its tests and installed packages: text that needs no download."""
 
-    def __init__(self, name: str, config: SourceConfig, cache_dir: Path):
-        self.name, self._config, self._cache_dir = name, config, cache_dir
+    def __init__(self, name: str, config: SourceConfig):
+        self.name, self._config = name, config
         self._root = Path(sysconfig.get_path("stdlib") or os.path.dirname(os.__file__))
         self._sizes = {str(path.relative_to(self._root)): path.stat().st_size for path in self._find()}
 
@@ -222,8 +136,8 @@ class StdlibSource:
         return _group_files(self._sizes, limited=self._config.max_documents > 0)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        files = [str(self._root / file) for file in piece.files]
-        return _limited(_read_whole_files(files, self._cache_dir), self._config.max_documents)
+        documents = (document for file in piece.files for document in read_file(str(self._root / file), "document", ""))
+        return _limited(documents, self._config.max_documents)
 
 
 # ---------------------------------------------------------------- made up

@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from . import fim
-from .documents import Bad, DataError, Document, Piece, Source, read_hopefully
+from .documents import MAX_DOCUMENT_LENGTH, Bad, DataError, Document, Piece, Source, read_hopefully
 from .patience import PAUSES_S, patiently
 from .tokenizer import Tokenizer, canonical_hash, write_atomically
 
-FORMAT = 1  # part of every key: raise it when the bytes change
-MAX_DOCUMENT_LENGTH = 64_000_000  # characters
+FORMAT = 2  # part of every key: raise it when the bytes change
 _BATCH_BYTES = 250_000
 
 

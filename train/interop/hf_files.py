@@ -80,7 +80,7 @@ class HFFolder:
         claimed = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(claimed, dict) or not claimed:
             raise HFError(f"{self.path / INDEX}: has no weight_map")
-        for file in set(claimed.values()):
+        for file in claimed.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise HFError(f"{self.path / INDEX}: {file!r} is not the name of a file in this folder")
         return claimed
@@ -264,7 +264,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HFError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HFError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise HFError(f"{path}: must hold one JSON object")

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from shoestring.conf.schema import DataConfig, SourceConfig, TokenizerConfig
-from shoestring.train.data import patience, sources, token_cache
+from shoestring.train.data import files, patience, token_cache
 from shoestring.train.data.corpus import DataError, open_corpus
 from shoestring.train.data.patience import may_pass, patiently
 
@@ -100,7 +100,7 @@ def test_a_file_that_was_cut_since(config):
 def test_sources_on_a_disk_that_is_away(config, monkeypatch):
     """The piece that was being built is begun again, and is the same."""
     monkeypatch.setattr(patience, "PAUSES_S", (0.0, 0.0))
-    whole, left = sources.load_dataset, [2]
+    whole, left = files._open, [2]
 
     def away(*args, **kwargs):
         left[0] -= 1
@@ -108,8 +108,8 @@ def test_sources_on_a_disk_that_is_away(config, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(sources, "load_dataset", away)
+    monkeypatch.setattr(files, "_open", away)
     rows = open_corpus(config, vocab_size=300, seed=0, log=lambda line: None).train(np.arange(8))
-    monkeypatch.setattr(sources, "load_dataset", whole)
+    monkeypatch.setattr(files, "_open", whole)
     clean = open_corpus(DataConfig(**{**vars(config), "cache_dir": config.cache_dir + "2"}), vocab_size=300, seed=0, log=lambda line: None)
     assert left[0] < 0 and (rows == clean.train(np.arange(8))).all()
