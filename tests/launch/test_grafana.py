@@ -67,6 +67,8 @@ def ask(port: int, query: str, at: float | None = None) -> list[dict]:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode(words)}", timeout=10) as answer:
             return json.load(answer)["data"]["result"]
     except urllib.error.HTTPError as error:
+        if error.code == 503:  # it is still starting
+            return []
         raise AssertionError(f"{query}: {error.read().decode()}") from error
     except OSError:
         return []  # it is still starting
@@ -98,7 +100,7 @@ def scraped(tmp_path):
     started = []
     try:
         with open(tmp_path / "out", "w") as out:
-            train = [sys.executable, "-u", "-m", "shoestring.train", *words]
+            train = [sys.executable, "-u", "-X", "faulthandler", "-m", "shoestring.train", *words]
             started.append(subprocess.Popen(train, cwd=tmp_path, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}))
             serve = ["prometheus", f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
                      f"--web.listen-address=127.0.0.1:{ports[2]}", "--log.level=error"]  # fmt: skip
@@ -123,7 +125,10 @@ def test_a_real_prometheus_answers_every_query(scraped):
         wait_for(lambda: [r for r in ask(port, 'shoestring_steps{run="scraped"} > 12') if r["metric"]["run"] == "scraped"])
         wait_for(lambda: ask(port, 'deriv(shoestring_tokens{run="scraped"}[10s]) > 0'))
     except AssertionError:
-        raise AssertionError((folder / "out").read_text()[-3000:]) from None
+        state = f"exit code {training.poll()}, {[str(p.relative_to(folder)) for p in (folder / 'run').rglob('*') if p.is_file()]}"
+        training.send_signal(signal.SIGABRT)  # it tells where it is
+        training.wait(60)
+        raise AssertionError(f"{state}\n{(folder / 'out').read_text()[-6000:]}") from None
     at = time.time()
     time.sleep(0.5)  # what was being scraped at that time has come
     for query in QUERIES:
@@ -134,8 +139,7 @@ def test_a_real_prometheus_answers_every_query(scraped):
     values = {name: float(ask(port, f'shoestring_{name}{{run="scraped"}}', at)[0]["value"][1])
               for name in ("steps", "loss_nats", "tokens", "spent_dollars_total", "gradient_norm", "max_vio_mean")}  # fmt: skip
     (written,) = [r for r in metrics.read_records(folder / "run" / "metrics.jsonl") if r.step == values["steps"]]
-    assert values == {"steps": written.step, "loss_nats": written.loss, "tokens": written.tokens,
-    "gradient_norm": written.grad_norm,
+    assert values == {"steps": written.step, "loss_nats": written.loss, "tokens": written.tokens, "gradient_norm": written.grad_norm,
                       "spent_dollars_total": written.dollars, "max_vio_mean": written.max_vio_mean}  # fmt: skip
     assert training.poll() is None, "it was scraped while it trained"
 
