@@ -35,6 +35,11 @@ def build(tree: Any) -> Config:
     return config
 
 
+def section(schema: type, fields: Any, key: str) -> Any:
+    """One section alone, as `build` would fill it. Raises as it does."""
+    return _section(schema, fields, key)
+
+
 def _phase(run: dict, changes: Any, key: str) -> Config:
     """The run with some of its fields changed: what a phase does not say is as it is in the run's own sections."""
     if not isinstance(changes, dict):

@@ -18,7 +18,7 @@ from typing import Any
 from . import variables
 from .errors import ConfigError, divisors, most_like
 from .phases import levels
-from .schema import Config
+from .schema import Config, ModelConfig
 
 Broken = tuple[str, str]  # field, rule
 
@@ -97,6 +97,14 @@ def check(config: Config) -> None:
         for field, rule in _broken(phase):
             key = field if get(phase, field) == get(config, field) else f"phases.{name}.{field}"
             raise ConfigError(key, get(phase, field), f"{rule} (in phase {name})", _nearest(phase, field))
+
+
+def broken_model(m: ModelConfig) -> Broken | None:
+    """The first rule that a model breaks which somebody else describes; field without its "model."."""
+    c = Config()
+    c.model, c.precision.compute = m, "fp64"  # which asks nothing of dimensions
+    found = next(_numbers(c, "model."), None) or next(_model(c), None)
+    return (found[0].removeprefix("model."), found[1]) if found else None
 
 
 def _shown(field: str, value: Any) -> Any:
@@ -224,13 +232,18 @@ def _broken(c: Config) -> Iterator[Broken]:
         yield from _checkpoint(c)
 
 
-def _ranges(c: Config) -> Iterator[Broken]:
+def _numbers(c: Config, section: str = "") -> Iterator[Broken]:
+    """`section`: of fields that begin so."""
     for name in _POSITIVE:
-        if not 0 < _of(name)(c) < math.inf:
+        if name.startswith(section) and not 0 < _of(name)(c) < math.inf:
             yield name, "must be positive and finite"
     for name in _NOT_NEGATIVE:
-        if not 0 <= _of(name)(c) < math.inf:
+        if name.startswith(section) and not 0 <= _of(name)(c) < math.inf:
             yield name, "must be finite and not negative"
+
+
+def _ranges(c: Config) -> Iterator[Broken]:
+    yield from _numbers(c)
     for name in _BELOW_ONE:
         if not 0 <= _of(name)(c) < 1:
             yield name, "must be at least 0 and below 1"

@@ -8,6 +8,7 @@ from ..conf.errors import ConfigError
 from ..train.checkpoint import folder as folders
 from ..train.checkpoint.manifest import CheckpointError, DamagedError, read_manifest, verify_all
 from . import exit_codes
+from .overview.table import printable
 
 
 def show(source: Path) -> None:
@@ -91,7 +92,8 @@ def _about(path: Path, pointed: bool) -> tuple[str, ...]:
         state = "complete"
     except CheckpointError as error:
         state = f"damaged: {error}" if isinstance(error, DamagedError) else f"not read: {error}"
-    return _when(path), _size(path), extra.get("layout", "?"), extra.get("precision", "?"), state + (", latest" if pointed else "")
+    layout, precision = (printable(str(extra.get(name, "?")))[:60] for name in ("layout", "precision"))
+    return _when(path), _size(path), layout, precision, state + (", latest" if pointed else "")
 
 
 def _when(path: Path) -> str:

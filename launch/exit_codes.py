@@ -30,6 +30,7 @@ _BY_NAME = {
 }  # fmt: skip
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_LONGEST = 2000  # characters of a sentence
 _PEER_GONE = re.compile(r"closed by peer|reset by peer|gloo|NCCL|[Tt]imed out waiting|Broken pipe")
 
 
@@ -51,7 +52,9 @@ def meaning(code: int) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell a person about an exception, in one line."""
-    text = " ".join(str(error).split())
+    """What to tell a person about an exception, in one line that a terminal takes as text, whatever an error quotes of a file."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(error).split()))
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 400]} [...] {text[-400:]}"
     code = of(error)
     return text if text and code not in (FAILED, LOST) else f"{type(error).__name__}: {text}" if text else type(error).__name__

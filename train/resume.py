@@ -9,8 +9,9 @@ from ..conf.phases import Phase, phases
 from ..conf.schema import Config, ConfigError
 from .checkpoint.checkpointer import read_extra
 from .checkpoint.folder import check_lost, complete, find_latest
+from .checkpoint.manifest import MANIFEST, CheckpointError
 from .data.corpus import Corpus
-from .metrics import layout_name
+from .metrics import BAD_LINE, from_plain, layout_name
 
 # May be another in each session and phase: nothing that is in a checkpoint depends on them.
 FREE_MODEL_FIELDS = ("name", "yarn", "max_seq_len")
@@ -54,7 +55,18 @@ def steps_done(config: Config) -> int:
     start = find_start(config)
     if start and start.parent == _own(config):
         start = next(iter(complete(start.parent)), None)
-    return read_extra(start)["progress"]["step"] if start else 0
+    return progress_of(start, read_extra(start)).step if start else 0
+
+
+def progress_of(start: Path, extra: dict[str, Any]) -> Progress:
+    """Of what a checkpoint keeps beside tensors. Raises CheckpointError where that is not as a run writes it."""
+    try:
+        progress = from_plain(Progress, extra.get("progress"))
+        if min(dataclasses.astuple(progress)) < 0:
+            raise ValueError("a count is negative")
+    except BAD_LINE as error:
+        raise CheckpointError(f"{start / MANIFEST} does not say where the run stood ({error}): it is not of a run of ours") from None
+    return progress
 
 
 def _own(config: Config) -> Path:

@@ -24,14 +24,14 @@ from . import describe, left_out, metrics, units
 from .books import Books
 from .checkpoint.checkpointer import Checkpointer, read_extra
 from .checkpoint.folder import mend, torn
-from .checkpoint.manifest import CheckpointError, DamagedError
+from .checkpoint.manifest import CheckpointError, DamagedError, understood
 from .checkpoint.saves import Saves, State
 from .data.corpus import open_corpus
 from .guard import GoBack
 from .metrics import StepRecord, Summary
 from .phase_run import PhaseRun
 from .records import make_record
-from .resume import Progress, check_same_run, find_start, kept
+from .resume import Progress, check_same_run, find_start, kept, progress_of
 from .sinks.opening import open_sinks
 from .sinks.sink import Sinks
 from .sound import Sound
@@ -155,7 +155,7 @@ class _Session:
         start = find_start(self.config, begun=begun)
         if start is None and (left := torn(self.checkpointer.folder)):
             self.log(f"{left[-1]} is a save that was cut short, and no checkpoint was ever complete: this run begins anew")
-        return start, read_extra(start)["progress"]["step"] if start else 0
+        return start, progress_of(start, read_extra(start)).step if start else 0
 
     def _of_first(self, ask: Callable[[], Any]) -> Any:
         """The first rank's answer, on all ranks; or its error."""
@@ -201,16 +201,22 @@ class _Session:
         chunks = self.part.engine.chunks(saving=False) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         # Random state belongs to a rank: under another layout some of it has no owner, and some ranks keep their own.
         extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng.") or may_lack(name))
+        with understood(start):
+            self._take_state(start, extra)
+        torch.set_rng_state(rng)
+
+    def _take_state(self, start: Path, extra: dict[str, Any]) -> None:
+        """What a checkpoint keeps beside tensors."""
+        progress = progress_of(start, extra)
         for told in check_same_run(self.config, self.phase, self.part.corpus, start, extra):
             self.log(told)
-        self.part.engine.optimizer.load_state(extra["progress"]["step"])
+        self.part.engine.optimizer.load_state(progress.step)
         self.part.engine.placement.load_state(extra)
         if self.part.engine.sentinel:
             self.part.engine.sentinel.load_state(extra)
         self.guard.load_state(extra)
         self.part.replay.load_state(extra)
-        torch.set_rng_state(rng)
-        self.progress = Progress(**extra["progress"])
+        self.progress = progress
 
     def _state(self) -> State:
         """What a checkpoint holds."""

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LATEST, NEXT = "latest", ".latest"
 PARTIAL, REPLACED, REMOVED, DAMAGED = ".partial", ".replaced", ".removed", ".damaged"
 WHY = "damaged.txt"
-NAME = re.compile(r"step_(\d{8,})")
+NAME = re.compile(r"step_([0-9]{8,15})")
 
 
 def name_of(step: int) -> str:

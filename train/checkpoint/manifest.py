@@ -4,16 +4,18 @@ It is the last file written. The hashes protect against damage; against somebody
 unpickler does: `.metadata` is a pickle, and torch's own reader would run whatever program is planted in it.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...conf.errors import ConfigError
 from .files import digest, forget_cache, write_durably
 
 MANIFEST = "manifest.json"
@@ -68,15 +70,34 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
         seal, version = body.pop("seal"), body["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(folder, MANIFEST, f"is damaged ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(folder, MANIFEST, f"is damaged ({str(error)[:200]})") from None
     except OSError as error:
         raise _unreadable(folder, MANIFEST, error) from None
     if seal != _seal(body):
         raise DamagedError(folder, MANIFEST, "is damaged (its own checksum does not match)")
     if version != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST} has format {version}, this version of shoestring reads {FORMAT}")
-    return Manifest(sha256=body["sha256"], num_bytes=body.get("bytes", {}), extra=body["extra"])
+        raise CheckpointError(f"{folder / MANIFEST} has format {str(version)[:40]}, this version of shoestring reads {FORMAT}")
+    hashes, sizes, extra = body.get("sha256"), body.get("bytes", {}), body.get("extra")
+    if not (_maps(hashes, str) and _maps(sizes, int) and isinstance(extra, dict)):
+        raise DamagedError(folder, MANIFEST, "is no list of files with their hashes and sizes")
+    return Manifest(sha256=hashes, num_bytes=sizes, extra=extra)
+
+
+def _maps(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(type(item) is kind for item in value.values())
+
+
+@contextlib.contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """While what a manifest says beside its hashes is taken: it can be whole, and of another program. Raises CheckpointError, then."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, OverflowError) as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{folder / MANIFEST} says of its run what no run of ours does ({what}): do not load it") from error
 
 
 def verify(folder: Path, file: str, manifest: Manifest, *, hashed: bool = True) -> None:
@@ -112,13 +133,27 @@ def _unreadable(folder: Path, file: str, error: OSError) -> CheckpointError:
 
 
 def unpickle_metadata(data: bytes) -> Any:
-    """The DCP `Metadata` in a `.metadata`. Raises CheckpointError on any other class or function."""
+    """The DCP `Metadata` in a `.metadata`: one-dimensional tensors in pieces. Raises CheckpointError on any other class or function."""
     try:
-        return _MetadataUnpickler(io.BytesIO(data)).load()
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        _check_pieces(metadata)
+        return metadata
     except CheckpointError:
         raise
-    except Exception as error:
-        raise CheckpointError(f".metadata is not what shoestring writes ({type(error).__name__}: {error})") from None
+    except (Exception, MemoryError) as error:
+        raise CheckpointError(f".metadata is not what shoestring writes ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def _check_pieces(metadata: Any) -> None:
+    """Classes can be right, and what they hold anything. Raises whatever a wrong one comes to."""
+    for name, tensor in metadata.state_dict_metadata.items():
+        numel = tensor.size[0]
+        ends = [chunk.offsets[0] + chunk.sizes[0] for chunk in tensor.chunks if len(chunk.offsets) == len(chunk.sizes) == 1]
+        if type(name) is not str or len(tensor.size) != 1 or len(ends) != len(tensor.chunks) or max(ends, default=0) > numel:
+            raise ValueError(f"{str(name)[:80]!r} is no tensor of one dimension")
+    for place in metadata.storage_data.values():
+        if type(place.relative_path) is not str or min(place.offset, place.length) < 0 or place.transform_descriptors:
+            raise ValueError(f"{str(place)[:80]} is no place in a file")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

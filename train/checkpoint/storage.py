@@ -202,15 +202,25 @@ class VerifiedReader(dcp.FileSystemReader):
         """
         place = self.storage_data[index]
         with open(Path(self.path, place.relative_path), "rb") as file:
-            with zipfile.ZipFile(_Window(file, place.offset, place.length)) as archive:  # reads its directory only
-                entry = next(e for e in archive.infolist() if e.filename.endswith("/data/0"))
-            assert entry.compress_type == zipfile.ZIP_STORED
-            header = place.offset + entry.header_offset
-            file.seek(header + 26)
-            name_length, extra_length = struct.unpack("<HH", file.read(4))
-            file.seek(header + 30 + name_length + extra_length + start * out.itemsize)
-            count = file.readinto(out.view(torch.uint8).numpy())
-            assert count == out.nbytes, f"{place.relative_path}: {count} bytes of {index}, want {out.nbytes}"
+            try:
+                header = place.offset + _stored_at(_Window(file, place.offset, place.length))
+                file.seek(header + 26)
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                file.seek(header + 30 + name_length + extra_length + start * out.itemsize)
+                count = file.readinto(out.view(torch.uint8).numpy())
+            except (OSError, ValueError, LookupError, OverflowError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+                raise CheckpointError(f"{file.name}: {index.fqn!r} cannot be read ({error}): it is not what torch saves") from None
+        if count != out.nbytes:
+            raise CheckpointError(f"{file.name}: has {count:,} bytes of {index.fqn!r} where {out.nbytes:,} should be")
+
+
+def _stored_at(file: "_Window") -> int:
+    """Where the elements' entry begins in an archive of torch's. Raises ValueError where there is none, or it is packed."""
+    with zipfile.ZipFile(file) as archive:  # reads its directory only
+        entry = next((e for e in archive.infolist() if e.filename.endswith("/data/0")), None)
+    if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("it has no elements, or packed ones")
+    return entry.header_offset
 
 
 class _Window(io.RawIOBase):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..metrics import BAD_LINE, from_plain
 from . import fim
 from .documents import MAX_DOCUMENT_LENGTH, Bad, DataError, Document, Piece, Source, read_hopefully
 from .patience import PAUSES_S, patiently
@@ -65,9 +66,9 @@ class SourceCache:
     def record(self, piece: int) -> PieceRecord | None:
         """Of a finished piece; None where it is not finished, or its files have not the length that they should."""
         try:
-            record = PieceRecord(**json.loads(self.path(piece, "json").read_text()))
+            record = from_plain(PieceRecord, json.loads(self.path(piece, "json").read_bytes()))
             sizes = [os.stat(self.path(piece, f"{split}.bin")).st_size for split in ("train", "eval")]
-        except (OSError, ValueError, TypeError):
+        except (OSError, *BAD_LINE):
             return None
         return record if sizes == [n * self.dtype.itemsize for n in (record.train_tokens, record.eval_tokens)] else None
 

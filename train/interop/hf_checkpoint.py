@@ -11,11 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ...conf.schema import ModelConfig, YarnConfig
+from ...conf.build import section
+from ...conf.schema import ModelConfig
 from ...parallel.optimizer.zero import Chunk
 from ..checkpoint.checkpointer import Archive
 from ..checkpoint.folder import NAME, commit, find_latest
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, understood
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
 from .hf_files import give_back
 from .hf_format import HFError, Piece, pieces, weight_shapes
@@ -40,11 +41,11 @@ class CheckpointWeights:
         self._archive, self._suffix = Archive(path), WEIGHTS[kind]
         if not any(name.endswith(self._suffix) for name in self._archive.names()):
             raise HFError(f"{path}: holds no {kind} weights" + (": was optim.ema_decay 0?" if kind == "ema" else ""))
-        fields = dict(self._archive.extra["model"])
-        self.m = ModelConfig(**fields | {"yarn": YarnConfig(**fields["yarn"])}).freeze()
-        self.precision: str = self._archive.extra["precision"]
-        placement = self._archive.extra.get("placement") or {}
-        self._slot_of = {int(layer): {e: slot for slot, e in enumerate(table)} for layer, table in placement.items()}
+        with understood(path):
+            self.m = section(ModelConfig, self._archive.extra["model"], "model").freeze()
+            self.precision: str = self._archive.extra["precision"]
+            placement = self._archive.extra.get("placement") or {}
+            self._slot_of = {int(layer): {e: slot for slot, e in enumerate(table)} for layer, table in placement.items()}
 
     def names(self) -> list[str]:
         return [n.removesuffix(self._suffix) for n in self._archive.names() if n.endswith((self._suffix, BIAS))]

@@ -118,6 +118,7 @@ def matched(folder: HFFolder, m: ModelConfig, *, mtp: str = "check") -> list[Pie
     lm_head.weight, if the two are equal.
     """
     stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in folder.shapes)
+    _check_size(folder, m, stacked)
     wanted = [p for p in pieces(m, stacked=stacked) if p.numel and not p.implied]
     copies = [p for p in wanted if p.copy and p.name in folder.shapes]
     if m.tie_embeddings and "lm_head.weight" in folder.shapes:
@@ -132,6 +133,15 @@ def matched(folder: HFFolder, m: ModelConfig, *, mtp: str = "check") -> list[Pie
             more = "; --mtp shared-from-main takes the model's for both" if piece.name != "lm_head.weight" else ""
             raise HFError(f"{folder.path}: {piece.name} differs from {originals[piece.weight].name}, and our model has one for both{more}")
     return own
+
+
+def _check_size(folder: HFFolder, m: ModelConfig, stacked: bool) -> None:
+    """Before names are listed: config.json may ask for more than any memory holds."""
+    most = max((shape[0] for shape in folder.shapes.values() if shape), default=0) if stacked else len(folder.shapes)
+    for what, asked, there in (("layers", m.num_blocks, len(folder.shapes)), ("experts", m.num_experts if m.num_moe_layers else 0, most)):
+        if asked > there:
+            there = f"{len(folder.shapes):,} tensors"
+            raise HFError(f"{folder.path}: missing most: config.json asks for {asked:,} {what}, and there are {there}")
 
 
 def _check_names(folder: HFFolder, m: ModelConfig, own: list[Piece], copies: list[Piece], *, skip_mtp: bool) -> None:

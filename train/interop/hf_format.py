@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...conf.rules import broken_model, get
 from ...conf.schema import ModelConfig, YarnConfig
 from ..checkpoint.manifest import CheckpointError
 from ..model.decoder import CausalLM
@@ -120,15 +121,18 @@ def model_config_from_hf(config: dict[str, Any], *, name: str = "imported") -> M
     m = ModelConfig(
         name=name,
         **fields,
-        q_lora_rank=config["q_lora_rank"] or 0,
+        q_lora_rank=_count(config, "q_lora_rank"),
         score_func=next(ours for ours, theirs in _MODEL_TYPES.items() if theirs == model_type),
-        mtp_depth=config.get("num_nextn_predict_layers") or 0,
+        mtp_depth=_count(config, "num_nextn_predict_layers"),
         rope_theta=theta,
         yarn=yarn,
-        init_std=float(config.get("initializer_range", 0.02)),
+        init_std=_number("initializer_range", config.get("initializer_range", 0.02)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
     m.num_dense_layers = min(m.num_dense_layers, m.num_layers)
+    if broken := broken_model(m):
+        field, rule = broken
+        raise HFError(f"config.json: {_FIELDS.get(field, field)} = {_short(get(m, field))} {rule}")
     return m.freeze()
 
 
@@ -143,40 +147,63 @@ def _given(config: dict[str, Any], field: str) -> Any:
     if field not in config:
         raise HFError(f"config.json: {field} is missing")
     wanted = {"int": (int,), "bool": (bool,), "float": (int, float)}[getattr(hint, "__name__", hint)]
+    if float in wanted:
+        return _number(field, value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise HFError(f"config.json: {field} = {value!r} must be a value of type {wanted[-1].__name__}")
-    return float(value) if float in wanted else value
+        raise HFError(f"config.json: {field} = {_short(value)} must be a value of type {wanted[-1].__name__}")
+    return value
+
+
+def _count(config: dict[str, Any], field: str) -> int:
+    """0 where it is null, or not given."""
+    value = config.get(field) or 0
+    if type(value) is not int:
+        raise HFError(f"config.json: {field} = {_short(value)} must be a whole number")
+    return value
+
+
+def _number(field: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e30 < value < 1e30:  # no NaN, nothing that is no float
+        raise HFError(f"config.json: {field} = {_short(value)} must be a number")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 80 else text[:77] + "..."
 
 
 def _demand(field: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
-        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        raise HFError(f"config.json: {field} = {shown} is not supported; supported: {', '.join(map(repr, allowed))}")
+        raise HFError(f"config.json: {field} = {_short(value)} is not supported; supported: {', '.join(map(repr, allowed))}")
 
 
-def _check_quantization(config: dict[str, Any] | None) -> None:
+def _check_quantization(config: Any) -> None:
+    if config and not isinstance(config, dict):
+        raise HFError(f"config.json: quantization_config = {_short(config)} must be an object")
     for field, value in QUANTIZATION.items() if config else ():
         _demand(f"quantization_config.{field}", config.get(field), (value,) if field == "quant_method" else (value, None))
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, YarnConfig]:
     """From the released form (rope_theta beside rope_scaling) or that of transformers 5 (both in rope_parameters)."""
-    rope = (config.get("rope_parameters") or {}) | (config.get("rope_scaling") or {})
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    given = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    if not all(isinstance(part, dict) for part in given):
+        raise HFError("config.json: rope_parameters and rope_scaling must be objects")
+    rope = given[0] | given[1]
+    theta = _number("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     for field, allowed in _YARN_SUPPORTED.items():
         _demand(f"rope_scaling.{field}", rope.get(field), (*allowed, None))
     _demand("rope_scaling.type", kind, ("default", "yarn"))
     if kind == "default":
-        return float(theta), YarnConfig()
+        return theta, YarnConfig()
     settings = {}
     for ours, theirs in _YARN.items():
         value = rope.get(theirs)
         value = _YARN_DEFAULTS.get(ours) if value is None else value
-        if not isinstance(value, (int, float)):
-            raise HFError(f"config.json: rope_scaling.{theirs} = {value!r} must be a number")
-        settings[ours] = int(value) if ours == "original_max_seq_len" else float(value)
-    return float(theta), YarnConfig(**settings) if settings["factor"] != 1 else YarnConfig()
+        value = _number(f"rope_scaling.{theirs}", value)
+        settings[ours] = int(value) if ours == "original_max_seq_len" else value
+    return theta, YarnConfig(**settings) if settings["factor"] != 1 else YarnConfig()
 
 
 # ---------------------------------------------------------------- tensors
