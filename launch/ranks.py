@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -74,7 +75,12 @@ class Ranks:
             process.start()
         # Not before: where a store is running when ranks are forked, one of them now and then never gets to it (2 of 120 starts). And not
         # by libuv: with it 1 start in 12 was five seconds late or more, while it asked a name server for who connects.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
+        # A port that torch opens itself listens on every address of the machine, whatever its name here.
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        self._store = dist.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, use_libuv=False, master_listen_fd=listening.detach()
+        )
         for reader, writer in pipes:
             with reader, writer, contextlib.suppress(BrokenPipeError):  # a rank that is gone already
                 writer.send(self._store.port)
