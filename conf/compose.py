@@ -211,7 +211,7 @@ def parse(word: str) -> Override:
     """As Hydra reads a word, which may have several values. Raises ConfigError for one that is not KEY=VALUE."""
     try:
         parsed = OverridesParser.create().parse_override(word)
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # a number of thousands of digits, brackets without end
         raise ConfigError("command line", word, "is not KEY=VALUE; quote a value with spaces or commas: 'key=\"a, b\"'") from None
     if not parsed.key_or_group:
         raise ConfigError("command line", word, "is not KEY=VALUE: there is no key")
