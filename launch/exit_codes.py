@@ -3,6 +3,8 @@
 import errno
 import re
 
+from . import secrets
+
 OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, BUDGET, PREEMPTED, OTHER_SIZE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 76, 130
 
 MEANING = {
@@ -51,7 +53,7 @@ def meaning(code: int) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell a person about an exception, in one line."""
-    text = " ".join(str(error).split())
+    """What to tell a person about an exception, in one line, without secrets."""
+    text = secrets.hide(" ".join(str(error).split()))
     code = of(error)
     return text if text and code not in (FAILED, LOST) else f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -5,11 +5,15 @@ never on who reads, so the order of documents is the same however the work is sh
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from ...conf import secrets
+
 MAX_PIECES = 1024  # of one source, about: larger corpora get larger pieces
+_LONGEST, _MOST = 40, 12  # characters of a column's name, and columns, that a message shows
 _HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
 
 
@@ -81,13 +85,21 @@ def take_column(where: str, record: Any, column: str) -> Iterator[Document | Bad
     if not isinstance(record, dict):
         yield Bad(where=where, why=f"a {type(record).__name__}, not an object with a column {column!r}")
     elif column not in record:
-        yield Bad(where=where, why=f"no column {column!r}; it has {', '.join(map(str, record)) or 'none'}")
+        yield Bad(where=where, why=f"no column {column!r}; it has {_columns(record)}")
     elif isinstance(record[column], bytes):
         yield from decode(where, record[column].decode("latin-1"))
     elif not isinstance(record[column], str):
         yield Bad(where=where, why=f"column {column!r} holds a {type(record[column]).__name__}, not a string")
     else:
         yield from accept(where, record[column])
+
+
+def _columns(record: dict) -> str:
+    """Names of columns. What is none by its looks may be text of the document, which no message quotes."""
+    names = [str(name) for name in record]
+    shown = [name for name in names if len(name) <= _LONGEST and re.fullmatch(r"[A-Za-z_][\w .-]*", name)][:_MOST]
+    rest = len(names) - len(shown)
+    return secrets.SHAPED.hide(", ".join(shown) + (f"{' and ' * bool(shown)}{rest} more" if rest else "")) or "none"
 
 
 def accept(where: str, text: str) -> Iterator[Document | Bad]:
