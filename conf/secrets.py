@@ -98,8 +98,10 @@ def _without_secret(match: re.Match) -> str:
 
 
 def _spellings(value: str) -> set[str]:
-    """As it stands in a text, a URL, JSON, a page and a Python message."""
-    return {value, quote(value), quote(value, safe=""), json.dumps(value)[1:-1], html.escape(value), repr(value)[1:-1]}
+    """As it stands in a text, a URL, JSON (also one that is safe in a page), a page and a Python message."""
+    in_json = json.dumps(value)[1:-1]
+    in_page = in_json.replace("<", "\\u003c").replace(">", "\\u003e")
+    return {value, quote(value), quote(value, safe=""), in_json, in_page, html.escape(value), repr(value)[1:-1]}
 
 
 SHAPED = Secrets()  # knows no values

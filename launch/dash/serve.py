@@ -46,7 +46,7 @@ def make(watch: Watch, port: int) -> BaseWSGIServer:
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
         if response.mimetype in _TEXTS and not response.direct_passthrough:  # what an older run has kept, say
-            response.set_data(secrets.hide(response.get_data(as_text=True)))
+            response.set_data(secrets.hide(response.get_data(as_text=True).replace("\\u002f", "/")))  # as Dash writes it
         return response
 
     @server.get("/plotly.min.js")
