@@ -141,7 +141,7 @@ def _in_file(path: Path) -> list[str]:
     text = _text(path)
     if not text:
         return []
-    if path.name.endswith("netrc"):
+    if path.name.endswith("netrc") or re.search(r"^\s*machine\s", text, re.MULTILINE):
         return _of_netrc(path, text)
     lines = [line.strip() for line in text.splitlines()]
     alone = [line for line in lines if len(line) >= 2 * SHORTEST and re.fullmatch(r"[\w.~+/-]+=*", line)]

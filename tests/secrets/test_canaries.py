@@ -41,8 +41,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self):
-        """As the Hub: what it says to a request that it does not understand, libraries show with the address."""
-        self.send_response(400)
+        """As the Hub: what it says to a request that it refuses, libraries show with the address."""
+        self.send_response(418)
         self.end_headers()
 
     def log_message(self, *_):
@@ -236,7 +236,7 @@ def test_what_is_refused_or_fails_shows_no_secret(job):
     ]  # fmt: skip
     assert job.run("refused", refused) == [2] * len(refused), job.text()[-3000:]
     assert job.run("data", [["data", "build", *source("bad.jsonl")], ["data", "build", *hub]]) == [3, 3], job.text()[-3000:]
-    assert "3 of 3 documents are unusable" in job.text() and "nobody/nothing, split train, cannot be reached on the Hub" in job.text()
+    assert "3 of 3 documents are unusable" in job.text() and "for url 'http://me:(hidden)@127.0.0.1" in job.text()
     none(job)
 
 
