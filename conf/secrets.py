@@ -113,8 +113,8 @@ SHAPED = Secrets()  # knows no values
 def refuse(tree: Any) -> None:
     """Raises ConfigError for the first text of nested settings that has a secret's shape, without showing it.
 
-    It is not hidden in them: a run that goes on reads the settings that it has kept, and another value in place of the secret would be wrong
-    later, or elsewhere.
+    It is not hidden in them: a run that goes on reads the settings that it has kept, and what stood in place of the secret would be wrong
+    there.
     """
     for key, text in _texts(tree, ""):
         if what := SHAPED.found(text):

@@ -48,9 +48,9 @@ def hide(text: str) -> str:
 
 
 def refuse(words: Sequence[str], config_dir: str | Path | None = None) -> None:
-    """Raises ConfigError where a word of the command line, or a file of the folder of configurations, holds the value of a known secret.
+    """Raises ConfigError where a word of the command line, or a file of the folder of configurations, holds a known secret.
 
-    Words are seen by everyone on the machine, and kept with jobs and runs. Shapes of settings are looked at by `conf`, which names the field.
+    Words are seen by everyone on the machine, and kept with jobs and runs. Shapes of secrets in settings are `conf`'s to find.
     """
     secrets = known()
     for word in words:

@@ -66,8 +66,8 @@ def run(
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
     Collective: every rank of an initialised world calls it. `log` is used on rank 0; `beat` is told what this rank is at: start, data,
-    replay, forward and backward, reduce, update, evaluation, checkpoint, end. `webhook`: what `launch.alerts.webhook` stands for. `hide`: takes secrets out of
-    what an error says before an alert tells of it.
+    replay, forward and backward, reduce, update, evaluation, checkpoint, end. `webhook`: what `launch.alerts.webhook` stands for. `hide`:
+    takes secrets out of what an error says before an alert tells of it.
 
     Raises ConfigError, DataError, CheckpointError, FloatingPointError; whatever was saved before stays.
     """

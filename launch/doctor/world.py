@@ -85,7 +85,8 @@ def launched(config: Config, folder: Path, kind: str, look: Callable[..., list[L
         return exit_codes.OK
     except BaseException as error:
         code, message = exit_codes.of(error), f"rank {place.rank}: {exit_codes.sentence(error)}"
-        record = {"time": time.monotonic(), "rank": place.rank, "code": code, "message": message, "traceback": secrets.hide(traceback.format_exc())}
+        trace = secrets.hide(traceback.format_exc())
+        record = {"time": time.monotonic(), "rank": place.rank, "code": code, "message": message, "traceback": trace}
         (folder / "logs" / f"failure-{place.rank}.json").write_text(json.dumps(record))
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)

@@ -93,7 +93,8 @@ def prove(case: Case, resume_on: str, folder: Path, fault: Fault | None = None) 
     except RankFailed as error:
         return Verdict(case=case, seconds=time.monotonic() - began, error=secrets.hide(str(error).strip()), resumed_on=resume_on)
     except Exception:  # what a session left cannot be read, say: one case that failed, and the others go on
-        return Verdict(case=case, seconds=time.monotonic() - began, error=secrets.hide(traceback.format_exc().strip()), resumed_on=resume_on)
+        trace = secrets.hide(traceback.format_exc().strip())
+        return Verdict(case=case, seconds=time.monotonic() - began, error=trace, resumed_on=resume_on)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _verdict(case, began, deviations, notes, resume_on)

@@ -1,7 +1,7 @@
 """No secret leaves: canaries are planted wherever one can enter, real commands are run, and every byte of what they leave is searched.
 
-A run here fails and hangs on purpose, with secrets in messages, local variables and everything that ranks print; the pages are of a run that
-has kept secrets, as one of another program might have. Offline W&B, TensorBoard, Prometheus, a webhook that answers 500 and a command for
+A run here fails and hangs on purpose, with secrets in messages, local variables and all that ranks print; pages are of a run that has kept
+secrets, as one of another program might have. Offline W&B, TensorBoard, Prometheus, a webhook that answers 500 and a command for
 alerts are all in use. Each canary is looked for in halves, and in base64, hexadecimal and the spelling of URLs.
 """
 
@@ -29,7 +29,8 @@ TINY = [
     "train.steps=3", "train.eval_sequences=4", "optim.warmup_steps=1", "checkpoint.interval=1", "checkpoint.async_save=false",
     "guard.replay_interval=0",
 ]  # fmt: skip
-LARGE = "model=moonlight model.num_layers=4 cluster=h100 precision=bf16 data.seq_len=4096 train.global_batch_tokens=1048576".split()
+LARGE = ["model=moonlight", "model.num_layers=4", "cluster=h100", "precision=bf16", "data.seq_len=4096",
+         "train.global_batch_tokens=1048576"]  # fmt: skip
 K8S = ["launch.k8s.image=registry.example/shoestring:1", "launch.k8s.claim=shared"]
 COMMAND = "import os, sys; sys.stderr.write('sent with ' + os.environ['MY_SERVICE_TOKEN'] + ' ' + 'y' * 186); sys.exit(3)"
 
@@ -231,7 +232,8 @@ def test_what_is_refused_or_fails_shows_no_secret(job):
         ["train", f"cluster.env={{HTTPS_PROXY: 'http://me:{p.make('a proxy in cluster.env')}@proxy'}}"],
         ["train", "experiment=keeps", "--config-dir", "configs"], ["train", "experiment=keeps", "--config-dir", "shaped"],
         ["plan", *LARGE, "gpus=16", f"name={e['MY_SERVICE_TOKEN']}", "output=no.json"],
-        ["launch", "launch=slurm", "experiment=ladder_8", f"launch.slurm.options=['--export=ALL,MY_TOKEN={p.make('sbatch')}']", "--dry-run"],
+        ["launch", "launch=slurm", "experiment=ladder_8", "--dry-run",
+         f"launch.slurm.options=['--export=ALL,MY_TOKEN={p.make('sbatch')}']"],
         ["launch", "launch=k8s", "experiment=ladder_8", *K8S, f"launch.k8s.mount=/x/{e['HF_TOKEN']}", "--dry-run"],
     ]  # fmt: skip
     assert job.run("refused", refused) == [2] * len(refused), job.text()[-3000:]
