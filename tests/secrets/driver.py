@@ -4,7 +4,7 @@
 
 JOBS: lists of words of `shoestring`. CODES: what each ended with. In a run called "leaky" rank 0 fails in the second step, with secrets
 in the message and in a local variable; started again, rank 1 hangs there, and is killed after its stacks are written; at the third time its
-data is bad, which ends the run. On every rank everything secret is printed before that.
+data is bad, which ends the run, and rank 0 loses its peer. On every rank everything secret is printed before that.
 """
 
 import contextlib
@@ -49,13 +49,17 @@ def break_steps() -> None:
         restart = len(restarts.read_text().splitlines()) if restarts.exists() else 0
         if restart == 1 and session.rank == 1:
             time.sleep(3600)
-        if restart == 1 or session.rank != bool(restart):  # waits for the other
+        if restart == 1 or (session.rank and not restart):  # waits for the other
             return step(session)
         assert key
         told = " ".join(os.environ[name] for name in CANARIES["variables"])
-        raise (DataError if restart else RuntimeError)(
-            f"500 for https://someone:{CANARIES['a password in a URL']}@127.0.0.1/x?access_token={CANARIES['a token in a URL']}: {told}"
-        )
+        url = f"https://someone:{CANARIES['a password in a URL']}@127.0.0.1/x?access_token={CANARIES['a token in a URL']}"
+        if restart and not session.rank:
+            raise RuntimeError(f"Connection closed by peer: {url}: {told}")
+        until = time.monotonic() + 4
+        while restart and time.monotonic() < until and not [*session.run_dir.glob("flight/*/rank_0.json")]:  # else it would be killed before
+            time.sleep(0.01)
+        raise (DataError if restart else RuntimeError)(f"500 for {url}: {told}")
 
     trainer._Session._step = broken
     Webhook.__init__.__kwdefaults__["tries_s"] = (0.0,)

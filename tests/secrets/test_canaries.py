@@ -154,6 +154,7 @@ def test_training(job, webhook):
     tried = [*job.run_dir.glob("logs/*")]
     assert len(tried) == 3 and {p.name for p in job.run_dir.glob("logs/*/failure-*.json")} == {"failure-0.json", "failure-1.json"}
     assert any("time.sleep" in p.read_text() or "driver.py" in p.read_text() for p in job.run_dir.glob("flight/*/rank_1.txt"))
+    assert any("closed by peer" in p.read_text() for p in job.run_dir.glob("flight/*/rank_0.json"))
     for name in ("restarts.jsonl", "ending.json", "alerts.jsonl", "config.yaml", "metrics.jsonl"):
         assert (job.run_dir / name).stat().st_size, name
     assert webhook.bodies and b"(hidden)" in webhook.bodies[0]
