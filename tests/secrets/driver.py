@@ -57,7 +57,7 @@ def break_steps() -> None:
         if restart and not session.rank:
             raise RuntimeError(f"Connection closed by peer: {url}: {told}")
         until = time.monotonic() + 4
-        while restart and time.monotonic() < until and not [*session.run_dir.glob("flight/*/rank_0.json")]:  # else it would be killed before
+        while restart and time.monotonic() < until and not [*session.run_dir.glob("flight/*/rank_0.json")]:  # else it would be killed
             time.sleep(0.01)
         raise (DataError if restart else RuntimeError)(f"500 for {url}: {told}")
 
