@@ -215,7 +215,7 @@ def test_what_is_refused_or_fails_shows_no_secret(job):
     p.file("work/configs/experiment/keeps.yaml", f"# @package _global_\nname: x{e['MY_SERVICE_TOKEN']}\n")
     p.file("work/shaped/experiment/keeps.yaml",
            f"# @package _global_\nlaunch: {{slurm: {{setup: ['export MY_API_KEY={p.make('a configuration file')}']}}}}\n")  # fmt: skip
-    p.file("work/bad.jsonl", f'{{"text": "{p.make("a broken document")}\n{{"the password: {p.make("a key of a document")}": 1}}\n'
+    p.file("work/bad.jsonl", f'{{"text": "{p.make("a broken document")}\n{{"told to nobody, {p.make("a key of a document")}": 1}}\n'
            f'{{"text": ["{p.make("a document of another type")}"]}}\n')  # fmt: skip
     source = lambda more: [*TINY, "data.sources.x.kind=files", f"data.sources.x.paths=[{more}]", "data.cache_dir=cache"]
     hub = [*TINY, "~data.sources.synthetic", "data.sources.x.kind=hf", "data.sources.x.dataset=nobody/nothing", "data.cache_dir=cache"]
