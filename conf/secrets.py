@@ -53,10 +53,10 @@ SHAPES = (
     _shape("a token", r"(?<![\w-])(?P<secret>hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
            r"|xox[abeoprs]-(?=[\w-]{0,200}\d)[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|sk-(?=[\w-]{0,200}\d)(?=[\w-]{0,200}[A-Z])[\w-]{20,})"),
     _shape("a W&B key", r"\bwandb login (?:--\S+ ){0,3}(?P<secret>[0-9a-f]{40}|\w{86})(?!\w)"),
-    _shape("a secret variable", r"\b[A-Z0-9_]{0,60}(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|JWT|(?<!_P)KEY)=['\"]?"
+    _shape("a secret variable", r"\b[A-Z0-9_]{0,60}(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|JWT|(?<!_P)KEY)S?=['\"]?"
            + _NOT_DIGITS + r"(?P<secret>[^\s'\"$/~.][^\s'\"]{7,})"),
     _shape("a key or password", r"(?:api[_-]?key|secret[_-]?(?:access[_-]?)?key|access[_-]?token|auth[_-]?token|password|passwd)"
-           r"['\"]?(?:=|: ?| = )['\"]?(?P<secret>(?=[^\s'\",;}\]]{0,200}\d)" + _NOT_DIGITS + r"[^\s'\",;}\]]{8,})", re.IGNORECASE),
+           r"['\"]?(?:=|: ?| = )['\"]?(?P<secret>(?=[^\s'\",;}\]]{0,200}\d)[^\s'\",;}\]]{8,})", re.IGNORECASE),
     _shape("a token", r"--(?:[a-z-]{0,40}-)?(?:token|key|secret|password)[ =](?P<secret>(?=\S{0,200}\d)[^\s'\"]{8,})"),
     _shape("a private key", r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?P<secret>[A-Za-z0-9+/=\s\\]+)"),
 )  # fmt: skip

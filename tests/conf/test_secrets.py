@@ -22,7 +22,8 @@ SHAPES = [
     f"Authorization: Bearer {KEY}", f"{{'authorization': 'Basic {KEY}'}}", f"curl -H Authorization:{KEY}", f"bearer token: Bearer {KEY}",
     f"hf_{KEY[:34]}", f"ghp_{KEY[:36]}", f"github_pat_{KEY}", f"glpat-{KEY[:20]}", f"xoxb-{KEY}", f"sk-proj-{KEY}", f"sk-ant-api03-{KEY}",
     f"wandb login {HEX}", f"wandb login --relogin {HEX}", f"export WANDB_API_KEY={HEX}", f"WANDB_API_KEY='{KEY * 2}'",
-    f"--export=ALL,MY_TOKEN={KEY}", f"DB_PASSWORD={KEY}", f"TOKEN={KEY}", f'{{"api_key": "{KEY}"}}', f"aws_secret_access_key = {KEY}",
+    f"--export=ALL,MY_TOKEN={KEY}", f"DB_PASSWORD={KEY}", f"TOKEN={KEY}", f"MY_KEYS={KEY}", "password=0123456789abcdef01234567",
+    f'{{"api_key": "{KEY}"}}', f"aws_secret_access_key = {KEY}",
     f"password={KEY}", f"push --token {KEY} file", f"push --api-key={KEY}", f"-----BEGIN RSA PRIVATE KEY-----\n{KEY}\n-----END",
 ]  # fmt: skip
 
@@ -31,7 +32,7 @@ PLAIN = [
     "sha256:" + HEX + HEX[:24], f"commit {HEX}", f"wandb 0.31 at {HEX}", "run 7a318ab5b177", "s3://bucket/key@v2", "file:///a/b@c",
     "http://127.0.0.1:8050/?run=a", "ssh://git@example.org/x.git", "git@example.org:x/y.git", "docker://image@sha256:" + HEX,
     "model.num_tokens=1000000000", "MAX_TOKENS=10000000000", "train.tokens = 614400000: must be", "max_tokens=614400000",
-    "NCCL_IB_PKEY=0x8001aaaa", "eos_token=<|end_of_text|>", "hf_checkpoint_conversion_of_something_long", "task-abcdefghijklmnopqrstuvwx",
+    "NCCL_IB_PKEY=0x8001aaaa", "eos_token=<|end_of_text|>", "hf_checkpoint_conversion_of_something_long", "disk-0123456789ABCDEFghijklmn",
     "sk-learn-pipelines-of-something-long", "XOXB", "AKIA", "tokens/s/GPU", "a password: must be given in the environment",
     "the bearer of this", "GOOGLE_APPLICATION_CREDENTIALS=/etc/key.json", "export SSH_KEY=~/.ssh/id", "MY_TOKEN=$MY_TOKEN",
     "password=short", "env:ALERT_WEBHOOK", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END", "a.key===b.key&&c.key===d.keyofsomething",
