@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from . import secrets
 from .errors import ConfigError, UnknownKey, most_like
 from .schema import Config
 
@@ -125,7 +126,7 @@ def _section(schema: type, value: Any, key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name, item in value.items():
         if name not in _hints(schema):
-            raise UnknownKey(f"{prefix}{name}", item, "no such key", nearest_key(f"{prefix}{name}"))
+            raise UnknownKey(f"{prefix}{name}", secrets.shown(str(name), item), "no such key", nearest_key(f"{prefix}{name}"))
     return schema(**{name: _value(_hints(schema)[name], item, prefix + name) for name, item in value.items()})
 
 

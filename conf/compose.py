@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 from omegaconf.resolvers import oc
 
+from . import secrets
 from .build import build, is_known, nearest_key
 from .errors import ConfigError, UnknownKey, most_like
 from .rules import check
@@ -112,6 +113,7 @@ def finish(composed: DictConfig) -> Config:
         raise ConfigError(error.full_key or "config", str(error.child_node), rule) from None
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "config", str(error.child_node), str(error.msg).splitlines()[0]) from None
+    secrets.refuse(tree)
     return _checked(tree)
 
 
@@ -202,7 +204,7 @@ def _words(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]
         elif key == "hydra" or key.startswith("hydra."):
             raise ConfigError(key, _value(parsed), "Hydra's own settings have no effect here")
         elif not is_known(key):
-            raise UnknownKey(key, _value(parsed), "no such key", nearest_key(key))
+            raise UnknownKey(key, secrets.shown(key, _value(parsed)), "no such key", nearest_key(key))
         elif parsed.is_delete():
             words.append(word)
         else:

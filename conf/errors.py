@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+HIDDEN = "(hidden)"  # stands for a secret
 _LONGEST = 80  # characters of a list or a dictionary that are shown; text, which may be a path, is shown whole
 
 
@@ -51,4 +52,4 @@ def _show(value: Any) -> str:
     if isinstance(value, str) and value and value.isprintable() and value.strip() == value:
         return value
     text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3].rpartition(" ")[0] + " ..."

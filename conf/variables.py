@@ -2,12 +2,13 @@
 
 import re
 
+from . import secrets
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STARTERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "PYTHONSAFEPATH")
 _STARTERS_OWN = ("MASTER_", "TORCHELASTIC_", "ROLE_")
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _TOO_LATE = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?<!_P)KEY)S?(_ID)?$", re.IGNORECASE)  # NCCL_IB_PKEY is none
 
 
 def wrong(name: str, text: str) -> str:
@@ -22,6 +23,6 @@ def wrong(name: str, text: str) -> str:
         return f"{name} is the job's: a rank takes the GPU of its local rank"
     if name.startswith(_TOO_LATE):
         return f"{name} is read before a rank could set it: set it where the job is started"
-    if _SECRET.search(name):
+    if secrets.names_one(name):
         return f"{name} looks like a secret, and every run keeps a copy of its settings: set it where the job is started"
     return "" if text.isprintable() else f"{name} must be one line of text"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from . import exit_codes
+from . import exit_codes, secrets
 from .commands import claims, models, runs
 
 _TABLES = {**runs.COMMANDS, **claims.COMMANDS, **models.COMMANDS}
@@ -24,6 +24,7 @@ COMMANDS = {name: _TABLES[name] for name in _ORDER.split()}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Errors that a person can mend are one line on stderr, others a traceback."""
     _leave_the_tree()
+    secrets.install()
     parser, parsers = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:
+        secrets.refuse(sys.argv[1:] if argv is None else argv, getattr(args, "config_dir", None))
         return COMMANDS[args.command].run(args) or exit_codes.OK
     except (Exception, KeyboardInterrupt) as error:
         code = exit_codes.of(error)

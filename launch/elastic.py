@@ -21,7 +21,7 @@ from ..conf import rules
 from ..conf.errors import ConfigError, closest, divisors
 from ..conf.phases import phases
 from ..conf.schema import Config
-from . import environment, exit_codes, last_try, lease
+from . import environment, exit_codes, last_try, lease, secrets
 from .environment import Place
 from .validate import validate
 
@@ -133,6 +133,7 @@ class _Ended:
 
 def main(argv: Sequence[str]) -> int:
     """Run torchrun in this process; our exit code."""
+    secrets.install()
     environment.prepare_torchrun()
     ended, code = _Ended(os.getpid()), exit_codes.OK
     try:

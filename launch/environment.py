@@ -107,6 +107,7 @@ def prepare(threads: int) -> None:
     """Call before torch is imported. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's and c10d's chatter about sockets
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # what W&B's own processes crash with would go to its makers
     _ask_names_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it says so on every rank
 

@@ -3,6 +3,8 @@
 import errno
 import re
 
+from . import secrets
+
 OK, FAILED, CONFIG, DATA, STORAGE, LOST, DIVERGED, BUDGET, PREEMPTED, OTHER_SIZE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 76, 130
 
 MEANING = {
@@ -52,8 +54,9 @@ def meaning(code: int) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell a person about an exception, in one line that a terminal takes as text, whatever an error quotes of a file."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(error).split()))
+    """What to tell a person about an exception: one line without secrets, that a terminal takes as text whatever an error quotes."""
+    text = secrets.hide(" ".join(str(error).split()))
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 400]} [...] {text[-400:]}"
     code = of(error)

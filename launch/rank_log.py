@@ -10,7 +10,6 @@ So a file may be larger for a second, or for as long as a library that writes ke
 """
 
 import contextlib
-import io
 import os
 import re
 import socket
@@ -41,7 +40,7 @@ def take_over(*files: tuple[Path, Any, int]) -> None:
         with open(path, "ab") as file:
             for target in {number, _descriptor(stream, number)}:
                 os.dup2(file.fileno(), target)
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # else the last words of a killed rank are still in its memory
         bounded[path] = bounded.get(path) or Bounded(path)
     threading.Thread(target=_tend, args=(list(bounded.values()),), name="rank log", daemon=True).start()

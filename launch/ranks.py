@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..parallel.flight import ASKED, asked_file, missing, tidy
-from . import cause, environment, exit_codes, heartbeats, rank_log
+from . import cause, environment, exit_codes, heartbeats, rank_log, secrets
 from .cause import Ending
 
 _TICK_S = 0.1
@@ -171,6 +171,7 @@ def _main(rank: int, launcher: int, store_port: Connection, what: Try) -> None:
     if rank:
         files = what.logs / f"rank_{rank}.stdout", what.logs / f"rank_{rank}.stderr"
         rank_log.take_over((files[0], sys.stdout, 1), (files[1], sys.stderr, 2))
+    secrets.install()  # a rank that was forked has it, one that was spawned has not
     code = what.target(*what.args)
     sys.stdout.flush(), sys.stderr.flush()
     sys.exit(code)

@@ -17,7 +17,7 @@ from ..parallel import world
 from ..parallel.flight import FOLDER, answer_when_asked, last_begun, tidy, write_flight
 from ..train import trainer
 from ..train.replay import WrongGradients
-from . import device, environment, exit_codes, pinning
+from . import device, environment, exit_codes, pinning, secrets
 from .environment import Place
 from .finish import conclude
 from .heartbeats import Heartbeat
@@ -64,6 +64,8 @@ def run(
     An error is one line on stderr (and to `tell`, of a rank without the console), or a file in the folder `failures`, from which a launcher
     can tell which rank's came first.
     """
+    webhook = environment.named(config.launch.alerts.webhook)
+    secrets.install(webhook)
     stop = Stop(alone=place.world_size == 1).install()
     flight = flight_folder(Path(config.run_dir), failures)
     try:
@@ -72,8 +74,7 @@ def run(
         beat = _join(config, place, chosen, flight)
         if place.rank == 0 and (told := [*environment.told(config.cluster), *([cpus] if cpus else [])]):
             _say(f"rank 0 runs with {'; '.join(told)}; the others likewise")
-        webhook = environment.named(config.launch.alerts.webhook)
-        outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place), webhook=webhook)
+        outcome = train(config, chosen, stop=stop, log=_say, beat=beat, job=_job(place), webhook=webhook, hide=secrets.hide)
         world.leave()
         tidy(flight, place.rank)
         if place.rank == 0:
@@ -128,8 +129,8 @@ def _report(error: BaseException, place: Place, flight: Path, failures: Path | N
     at, code = time.monotonic(), exit_codes.of(error)
     message = (f"rank {place.rank}: " if place.world_size > 1 else "") + exit_codes.sentence(error)
     if code == exit_codes.LOST and dist.is_initialized() and not isinstance(error, WrongGradients):  # which waited for nobody
-        message += f"; begun last: {last_begun()}; more in {write_flight(flight, error)}"
-    trace = traceback.format_exc() if code == exit_codes.FAILED else ""
+        message += f"; begun last: {last_begun()}; more in {write_flight(flight, error, hide=secrets.hide)}"
+    trace = secrets.hide(traceback.format_exc()) if code == exit_codes.FAILED else ""
     if failures is None:
         print(f"{trace}error: {message}", file=sys.stderr, flush=True)
         if tell:

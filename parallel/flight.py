@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +32,14 @@ KEPT = 200  # collectives
 ASKED = signal.SIGUSR2  # a process that gets it writes its stacks, whatever it is doing
 
 
-def write_flight(folder: Path, error: BaseException | None = None) -> Path:
-    """This rank's file. To be called before the world is left or aborted."""
+def write_flight(folder: Path, error: BaseException | None = None, *, hide: Callable[[str], str] = str) -> Path:
+    """This rank's file. To be called before the world is left or aborted. `hide`: takes secrets out of what an error says."""
     rank = dist.get_rank()
     entries = flight_entries()
     document = {
         "rank": rank,
         "time": time.time(),
-        "error": traceback.format_exception(error) if error else [],
+        "error": [hide(line) for line in traceback.format_exception(error)] if error else [],
         "groups": [_group(name, group, entries) for name, group in own_groups()],
         "collectives": [_collective(e) for e in entries[-KEPT:]],
         "stacks": _stacks(),

@@ -61,16 +61,18 @@ def run(
     beat: Beat = silent,
     job: str = "",
     webhook: str = "",
+    hide: Callable[[str], str] = str,
 ) -> Outcome:
     """Train until the last step, `train.stop_after` steps, or until `stop()` is true on any rank (saved at that step's end).
 
     Collective: every rank of an initialised world calls it. `log` is used on rank 0; `beat` is told what this rank is at: start, data,
-    replay, forward and backward, reduce, update, evaluation, checkpoint, end. `webhook`: what `launch.alerts.webhook` stands for.
+    replay, forward and backward, reduce, update, evaluation, checkpoint, end. `webhook`: what `launch.alerts.webhook` stands for. `hide`:
+    takes secrets out of what an error says before an alert tells of it.
 
     Raises ConfigError, DataError, CheckpointError, FloatingPointError; whatever was saved before stays.
     """
     try:
-        return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job, webhook).run()
+        return _Session(config, device, stop, log if dist.get_rank() == 0 else lambda line: None, watch, beat, job, webhook, hide).run()
     except _OtherSize as error:
         return Outcome(summary=None, step=error.step, stopped=False, wants=error.wants)
 
@@ -94,8 +96,9 @@ class _Session:
         beat: Beat = silent,
         job: str = "",
         webhook: str = "",
+        hide: Callable[[str], str] = str,
     ):
-        self.config, self.device, self.stop, self.log, self.watch, self.webhook = config, device, stop, log, watch, webhook
+        self.config, self.device, self.stop, self.log, self.watch, self.webhook, self.hide = config, device, stop, log, watch, webhook, hide
         self.beat = Busy(beat, on_gpu=device.type == "cuda")
         self.books, self.spent = Books(config, Path(config.run_dir), job), ""
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
@@ -278,7 +281,7 @@ class _Session:
                 self.books.end(self.saves.news()["checkpoint_seconds"] or 0.0)
         except Exception as error:
             words = str(error).removesuffix(str(error.__cause__ or "")).rstrip(": ")  # without what a library adds
-            self.sinks.trouble("failure", f"after step {self.progress.step}: {type(error).__name__}: {words}".splitlines()[0])
+            self.sinks.trouble("failure", self.hide(f"after step {self.progress.step}: {type(error).__name__}: {words}").splitlines()[0])
             raise
         finally:
             self.sinks.close()

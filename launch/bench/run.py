@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.configs import ALL, KernelConfig
+from .. import secrets
 from . import cast_cases, layer_cases, matmul_cases, memory_cases, peers
 from .case import Case, Maker, Peer, Sizes, sqnr
 from .results import Row, Timed
@@ -150,7 +151,7 @@ def clean(device: torch.device) -> None:
 def sentence(error: BaseException) -> str:
     """The first line, which says it; what follows is where in torch."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:160]
+    return secrets.hide(f"{type(error).__name__}: {text}")[:160]
 
 
 def _number(value: float) -> float | None:

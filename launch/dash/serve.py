@@ -12,6 +12,7 @@ from plotly import offline
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from ...conf.errors import ConfigError
+from .. import secrets
 from ..figures.history import AXES, numbers, parse
 from .page import make_app
 from .watch import Watch
@@ -20,6 +21,7 @@ HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost", "[::1]")
 _PLOTLY = Path(offline.__file__).parents[1] / "package_data" / "plotly.min.js"
 _COLUMNS = 400
+_TEXTS = ("text/html", "application/json")
 
 
 def make(watch: Watch, port: int) -> BaseWSGIServer:
@@ -43,6 +45,8 @@ def make(watch: Watch, port: int) -> BaseWSGIServer:
         response.headers["X-Frame-Options"] = "DENY"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        if response.mimetype in _TEXTS and not response.direct_passthrough:  # what an older run has kept, say
+            response.set_data(secrets.hide(response.get_data(as_text=True).replace("\\u002f", "/")))  # as Dash writes it
         return response
 
     @server.get("/plotly.min.js")

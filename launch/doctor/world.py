@@ -18,7 +18,7 @@ from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...parallel import world
 from .. import device as devices
-from .. import exit_codes
+from .. import exit_codes, secrets
 from ..environment import Place
 from ..ranks import Ranks, Try
 from ..validate import validate
@@ -85,7 +85,8 @@ def launched(config: Config, folder: Path, kind: str, look: Callable[..., list[L
         return exit_codes.OK
     except BaseException as error:
         code, message = exit_codes.of(error), f"rank {place.rank}: {exit_codes.sentence(error)}"
-        record = {"time": time.monotonic(), "rank": place.rank, "code": code, "message": message, "traceback": traceback.format_exc()}
+        trace = secrets.hide(traceback.format_exc())
+        record = {"time": time.monotonic(), "rank": place.rank, "code": code, "message": message, "traceback": trace}
         (folder / "logs" / f"failure-{place.rank}.json").write_text(json.dumps(record))
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)

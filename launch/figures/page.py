@@ -11,7 +11,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from .. import report_layouts
+from .. import report_layouts, secrets
 from .chart import Chart
 
 STATIC = Path(__file__).parent / "static"
@@ -40,7 +40,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The whole file. Every text of `page` is escaped. What there is nothing of is left out."""
+    """The whole file. Every text of `page` is escaped, and no secret is in it. What there is nothing of is left out."""
     e = html.escape
     facts = "".join(f"<li>{e(fact)}</li>" for fact in page.facts)
     tiles = "".join(
@@ -56,10 +56,11 @@ def render(page: Page) -> str:
     charts = _cards(page.charts)
     charts = f'<section class="charts">{charts}</section>' if charts else ""
     method = f"<details><summary>How these numbers are made</summary><ul>{method}</ul></details>" if method else ""
-    scripts = "".join(f"<script>{text}</script>\n" for text in (get_plotlyjs(), _figures(page) + _static("look.js") + _static("report.js")))
+    figures = secrets.hide(_figures(page))
+    scripts = "".join(f"<script>{text}</script>\n" for text in (get_plotlyjs(), figures + _static("look.js") + _static("report.js")))
     script = scripts if any(c.data for c in page.charts) else ""
     style = _static("look.css") + (report_layouts.STYLE if page.sections else "")
-    return f"""<!doctype html>
+    shown = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -85,10 +86,8 @@ def render(page: Page) -> str:
 {config}
 </footer>
 </main>
-{script}
-</body>
-</html>
 """
+    return f"{secrets.hide(shown)}{script}\n</body>\n</html>\n"
 
 
 def _cards(charts: list[Chart]) -> str:

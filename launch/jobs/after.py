@@ -16,7 +16,7 @@ from pathlib import Path
 from ...conf.phases import num_steps
 from ...conf.schema import Config
 from ...train.resume import steps_done
-from .. import environment, exit_codes
+from .. import environment, exit_codes, secrets
 from ..environment import SlurmJob
 from . import slurm
 from .job import load_words, plan_job
@@ -43,6 +43,7 @@ def decide(code: int, *, steps: Sequence[int], most: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Do it, and say it; the exit code of the job."""
+    secrets.install()
     code, folder, words = int(argv[0]), Path(argv[1]), list(argv[2:])
     job = environment.SlurmJob.from_environment()
     config = load_words(words)

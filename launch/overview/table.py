@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...conf.errors import choose
 from ...train import metrics, units
+from .. import secrets
 from .read import Row
 
 SORTS = tuple(field.name for field in fields(Row) if field.name != "note")
@@ -88,7 +89,7 @@ def write(text: str, path: Path) -> None:
         sys.stdout.write(text)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        metrics.replace_file(path, text)
+        metrics.replace_file(path, secrets.hide(text))
         print(path)
 
 

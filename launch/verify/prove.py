@@ -24,6 +24,7 @@ from ...train.data.corpus import open_corpus
 from ...train.interop.hf import HFError, export, load_pretrained
 from ...train.interop.hf_format import weight_shapes
 from ...train.model.decoder import DTYPES, initial_weight
+from .. import secrets
 from ..local import RankFailed, fork_ranks
 from . import observe, plain
 from .by_nodes import nodes_of
@@ -90,9 +91,10 @@ def prove(case: Case, resume_on: str, folder: Path, fault: Fault | None = None) 
     try:
         deviations, notes = _prove(case, config, resume_on, folder, fault)
     except RankFailed as error:
-        return Verdict(case=case, seconds=time.monotonic() - began, error=str(error).strip(), resumed_on=resume_on)
+        return Verdict(case=case, seconds=time.monotonic() - began, error=secrets.hide(str(error).strip()), resumed_on=resume_on)
     except Exception:  # what a session left cannot be read, say: one case that failed, and the others go on
-        return Verdict(case=case, seconds=time.monotonic() - began, error=traceback.format_exc().strip(), resumed_on=resume_on)
+        trace = secrets.hide(traceback.format_exc().strip())
+        return Verdict(case=case, seconds=time.monotonic() - began, error=trace, resumed_on=resume_on)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _verdict(case, began, deviations, notes, resume_on)
@@ -109,7 +111,7 @@ def prove_other(case: Case, folder: Path, train: Callable[..., Evidence]) -> Ver
             notes.append(_told(ties))
             evidence = session(known.trace)
     except (RankFailed, ConfigError) as error:
-        return Verdict(case=case, seconds=time.monotonic() - began, error=str(error).strip())
+        return Verdict(case=case, seconds=time.monotonic() - began, error=secrets.hide(str(error).strip()))
     deviations = list(compare(evidence, known.evidence, limits, config.model.num_experts))
     return _verdict(case, began, deviations, notes)
 

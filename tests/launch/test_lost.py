@@ -11,7 +11,7 @@ from shoestring.launch import exit_codes, launcher, worker
 from shoestring.train.trainer import Outcome
 
 
-def _three_of_four(config, device, *, stop, log, beat, job, webhook):
+def _three_of_four(config, device, *, stop, log, beat, job, webhook, hide):
     """Rank 2 is busy with something else, until it is told to stop."""
     dist.barrier()
     while dist.get_rank() == 2 and not stop():

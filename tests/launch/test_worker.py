@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_the_trainer_finds_a_process_group_and_its_device(here, capfd, monkeypatch):
-    def train(config, on, *, stop, log, beat, job, webhook):
+    def train(config, on, *, stop, log, beat, job, webhook, hide):
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
         assert on == torch.device("cpu") and torch.get_num_threads() == config.launch.threads == 2 and not stop()
         assert webhook == "http://127.0.0.1/canary"
@@ -112,7 +112,7 @@ def test_under_a_launcher_an_error_is_left_in_a_file(tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_the_trainer_to_stop(here, number):
-    def train(config, on, *, stop, log, beat, job, webhook):
+    def train(config, on, *, stop, log, beat, job, webhook, hide):
         os.kill(os.getpid(), number)
         return Outcome(summary=None, step=1, stopped=stop())
 

@@ -20,6 +20,7 @@ from .alert import Alert, keep
 TRIES_S = (0.0, 1.0, 4.0)  # waits before each try to reach a web address
 ANSWER_S = 10.0  # that a web address may take
 COMMAND_S = 60.0  # that a command may take
+_SAID = 200  # characters of what it said that are shown
 
 
 class Channel:
@@ -133,4 +134,6 @@ class Command(Channel):
             program.communicate()
             raise TimeoutError(f"it did not end within {self._limit_s:g} s") from None
         if program.returncode:
-            raise RuntimeError(f"exit status {program.returncode}: {said.strip()[-200:]}")
+            words = said.strip()  # whole ones: half a secret would be hidden by nobody
+            words = words if len(words) <= _SAID else words[-_SAID:].partition(" ")[2]
+            raise RuntimeError(f"exit status {program.returncode}: {words}")

@@ -5,13 +5,16 @@ never on who reads, so the order of documents is the same however the work is sh
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from ...conf import secrets
+
 MAX_PIECES = 1024  # of one source, about: larger corpora get larger pieces
 MAX_DOCUMENT_LENGTH = 64_000_000  # characters; of a file that is still to be decoded, bytes
-_SHOWN = 12  # names of columns
+_LONGEST, _MOST = 40, 12  # characters of a column's name, and columns, that a message shows
 HOPELESS = 1000  # so many documents, and not one usable: stop rather than read terabytes to the same end
 
 
@@ -83,13 +86,21 @@ def take_column(where: str, record: Any, column: str) -> Iterator[Document | Bad
     if not isinstance(record, dict):
         yield Bad(where=where, why=f"a {type(record).__name__}, not an object with a column {column!r}")
     elif column not in record:
-        yield Bad(where=where, why=f"no column {column!r}; it has {_some(list(map(str, record)))}")
+        yield Bad(where=where, why=f"no column {column!r}; it has {_columns(record)}")
     elif isinstance(record[column], bytes):
         yield from decode(where, record[column].decode("latin-1"))
     elif not isinstance(record[column], str):
         yield Bad(where=where, why=f"column {column!r} holds a {type(record[column]).__name__}, not a string")
     else:
         yield from accept(where, record[column])
+
+
+def _columns(record: dict) -> str:
+    """Names of columns. What is none by its looks may be text of the document, which no message quotes."""
+    names = [str(name) for name in record]
+    shown = [name for name in names if len(name) <= _LONGEST and re.fullmatch(r"[A-Za-z_][\w .-]*", name)][:_MOST]
+    rest = len(names) - len(shown)
+    return secrets.SHAPED.hide(", ".join(shown) + (f"{' and ' * bool(shown)}{rest} more" if rest else "")) or "none"
 
 
 def accept(where: str, text: str) -> Iterator[Document | Bad]:
@@ -102,11 +113,6 @@ def accept(where: str, text: str) -> Iterator[Document | Bad]:
         yield Bad(where=where, why=f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}")
         return
     yield Document(text=text, where=where)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(name[:40] for name in names[:_SHOWN]) or "none"
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ SUMMARIES = {
     "loss/train": "min,last", "loss/eval": "min,last", "speed/tokens_per_second_per_gpu": "mean,last", "speed/mfu": "mean,last",
     "cost/dollars": "last", "cost/dollars_per_billion_tokens": "min,last", "router/max_vio_worst": "mean,last", "memory/peak_gb": "max",
 }  # fmt: skip
+# Of itself W&B would keep the command line, the names of host and user, paths, the git remote and what differs from its commit.
+WITHOUT = {"disable_git": True, "disable_code": True, "x_disable_meta": True}
 
 
 class WandbSink(Sink):
@@ -63,7 +65,8 @@ class WandbSink(Sink):
             project=project, name=config.name, id=id_file.read_text().strip(), dir=run_dir, mode=mode,
             group=config.launch.wandb_group or None,
             resume="allow", config=settings_of(config), job_type="train",
-            settings=wandb.Settings(init_timeout=seconds, login_timeout=seconds, finish_timeout=seconds, console="off", quiet=True),
+            settings=wandb.Settings(init_timeout=seconds, login_timeout=seconds, finish_timeout=seconds, console="off", quiet=True,
+                                    **WITHOUT),
         )  # fmt: skip
         # Steps that a restart repeats would be refused on W&B's own counter: the record's step is the axis.
         self._run.define_metric("*", step_metric="step")
