@@ -3,6 +3,7 @@
 # make faults  every kind of fault under three layouts, and a long run without any: half an hour; writes docs/faults.md
 # make lint    ruff and bandit
 # make lock    requirements.lock anew, after a change of pyproject.toml or constraints.txt; wants uv
+# make wheel   the last commit's wheel into dist/, the same bytes wherever it is built
 #
 # PYTHON=python3.12 chooses another interpreter; ARGS="train.steps=40" goes to the command.
 
@@ -23,11 +24,11 @@ pip := $(VENV)/bin/python -m pip install -qq --progress-bar off
 from_source := --only-binary :all: --no-binary deepspeed --no-binary antlr4-python3-runtime
 locked := $(pip) --require-hashes --no-deps $(from_source) --use-pep517 --no-build-isolation
 
-.PHONY: train test faults lint lock install clean
+.PHONY: train test faults lint lock wheel install clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 train: $(installed)
 	@$(VENV)/bin/shoestring train experiment=tiny $(ARGS)
@@ -48,6 +49,12 @@ lock:
 	@uv pip compile --quiet --upgrade --all-extras --constraint constraints.txt --universal --python-version 3.10 --generate-hashes \
 	  $(from_source) --no-emit-package torch --no-annotate \
 	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
+
+# A wheel keeps times and modes of files, which a checkout takes from the clock and the umask; and the name of the setuptools that built it.
+wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+wheel: $(installed)
+	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT && git archive HEAD | tar -x -C "$$tree" && chmod -R a+rX,go-w "$$tree" && umask 022 && \
+	  $(VENV)/bin/python -m pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir dist "$$tree" && sha256sum dist/*.whl
 
 install: $(installed)
 
