@@ -1,4 +1,4 @@
-"""bandit finds nothing in the tree: what it may not look at is in pyproject.toml, and what it may not say stands beside the line, with the reason."""
+"""bandit finds nothing in the tree. What it skips everywhere is in pyproject.toml; what it skips at a line is named there, with the reason."""
 
 import json
 import re
