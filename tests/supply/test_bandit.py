@@ -1,4 +1,4 @@
-"""bandit finds nothing in the tree. What it skips everywhere is in pyproject.toml; what it skips at a line is named there, with the reason."""
+"""bandit finds nothing in the tree. What it skips everywhere is in pyproject.toml; at a line it is named there, with the reason."""
 
 import json
 import re
