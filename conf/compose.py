@@ -57,7 +57,9 @@ def load_saved(path: str | Path) -> Config:
 def read_saved(path: str | Path) -> dict[str, Any]:
     """What a run wrote to its directory, as it stands there: nothing is checked, and keys of other versions stay. Raises ConfigError."""
     try:
-        tree = yaml.load(Path(path).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 both safe
+        tree = yaml.load(  # nosec B506  # both are safe
+            Path(path).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # noqa: S506
+        )
     except OSError as error:
         raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:

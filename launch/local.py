@@ -62,7 +62,7 @@ def _fork(world_size: int, target: Callable, args: tuple, timeout_s: float) -> l
                 process.kill()
             for process in ranks:
                 process.join()
-    return [pickle.loads(answers[r]) for r in range(world_size)]  # noqa: S301 of our own children
+    return [pickle.loads(answers[r]) for r in range(world_size)]  # noqa: S301  # nosec B301  # of our own children
 
 
 def _collect(ranks, results, deadline) -> dict[int, bytes]:

@@ -64,3 +64,25 @@ def test_the_wheel_trains_from_another_folder_in_another_environment(wheel, tmp_
     made = {path.name for path in (elsewhere / "runs" / "smoke").iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "report.html"} <= made
     assert {path.name for path in elsewhere.iterdir()} == {"runs"}
+
+
+def test_a_commit_s_wheel_is_the_same_bytes_wherever_it_is_built(tmp_path):
+    """`make wheel` in two clones: elsewhere, at another time, under another umask and time zone."""
+    tree = tmp_path / "shoestring"
+    shutil.copytree(ROOT, tree, ignore=ASIDE)
+    who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a"}
+    git = ["git", "-c", "init.defaultBranch=main", "-c", "commit.gpgsign=false", "-C", tree]
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all", "--date", "@1700000000"]):
+        subprocess.run([*git, *words], check=True, env={**os.environ, **who, "GIT_COMMITTER_DATE": "@1700000000"})
+
+    venv, made = Path(sys.executable).parents[1], {}
+    for name, umask, zone in (("one", 0o022, "UTC"), ("further/two", 0o077, "Pacific/Auckland")):
+        clone = tmp_path / name / "shoestring"
+        _run("git", "clone", "--quiet", tree, clone, umask=umask)
+        # This environment has everything, whatever make thinks of it.
+        _run("env", f"TZ={zone}", "make", "wheel", f"VENV={venv}", f"--old-file={venv / '.installed'}", cwd=clone, umask=umask)
+        [made[name]] = (clone / "dist").glob("*.whl")
+    one, two = (path.read_bytes() for path in made.values())
+    assert one == two
+    dates = {info.date_time for info in zipfile.ZipFile(made["one"]).infolist()}
+    assert dates == {(2023, 11, 14, 22, 13, 20)}, "1700000000 in UTC"

@@ -36,8 +36,19 @@ def test_a_workflow_can_only_read_and_uses_what_it_names(path):
         assert "permissions" not in job and 0 < job["timeout-minutes"] <= 120 and "container" not in job
     for step in steps(workflow):
         assert ("uses" in step) != ("run" in step), step
-        assert "uses" not in step or re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), step
+        assert "uses" not in step or re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"]), step
     assert workflow["concurrency"]["cancel-in-progress"] is True
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_an_action_s_commit_stands_beside_its_version(path):
+    lines = [line for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(lines) == 2 and all(re.search(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line) for line in lines), lines
+
+
+def test_newer_actions_are_proposed_and_nothing_else():
+    [update] = read(ROOT / ".github" / "dependabot.yml")["updates"]
+    assert update["package-ecosystem"] == "github-actions" and update["directory"] == "/"
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
