@@ -100,6 +100,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         raise _yaml_error(error) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _hydra_error(error, overrides) from None
+    except OSError as error:  # a choice may be the name of no file that a system could have
+        raise ConfigError("config", Path(str(error.filename)).name, f"cannot be read: {error.strerror}") from None
     except (AssertionError, AttributeError, KeyError, TypeError, RecursionError) as error:  # of a file that is YAML, and no settings
         where = str(config_dir or "the command line")
         raise ConfigError("config", where, f"is not made of settings ({type(error).__name__}: {str(error)[:200]})") from None

@@ -22,6 +22,6 @@ def test_codes_are_of_one_kind_only():
 
 def test_a_sentence_is_text_for_a_terminal():
     """Control characters of a hostile file would set the title, move the cursor, or stop the print (a lone surrogate)."""
-    said = exit_codes.sentence(ConfigError("name", "\x1b]0;owned\x07 \ud800 größe\r\n" + "x" * 10**6, "is too much", 3))
+    said = exit_codes.sentence(ConfigError("name", 9, "\x1b]0;owned\x07 \ud800 größe\r\n" + "x" * 10**6, 3))
     assert said.isprintable() and "größe" in said and "\\x1b" in said and len(said) < 2100
     assert said.startswith("name = ") and said.endswith("nearest valid value: 3")
