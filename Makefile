@@ -1,6 +1,7 @@
 # make train   trains a small model on this machine, installing what it needs into .venv first
 # make test    runs the tests, likewise
 # make faults  every kind of fault under three layouts, and a long run without any: half an hour; writes docs/faults.md
+# make fuzz    ten minutes of hostile input to all that reads files; what it finds is kept as a case for make test
 # make lint    ruff and bandit
 # make lock    requirements.lock anew, after a change of pyproject.toml or constraints.txt; wants uv
 # make wheel   the last commit's wheel into dist/, the same bytes wherever it is built
@@ -24,11 +25,11 @@ pip := $(VENV)/bin/python -m pip install -qq --progress-bar off
 from_source := --only-binary :all: --no-binary deepspeed --no-binary antlr4-python3-runtime
 locked := $(pip) --require-hashes --no-deps $(from_source) --use-pep517 --no-build-isolation
 
-.PHONY: train test faults lint lock wheel install clean
+.PHONY: train test faults fuzz lint lock wheel install clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 train: $(installed)
 	@$(VENV)/bin/shoestring train experiment=tiny $(ARGS)
@@ -39,6 +40,9 @@ test: $(installed)
 
 faults: $(installed)
 	@$(VENV)/bin/python -m shoestring.tests.faults.matrix --clean 2000 --output docs/faults.md $(ARGS)
+
+fuzz: $(installed)
+	@$(VENV)/bin/python -m shoestring.tests.fuzz --seconds 600 $(ARGS)
 
 lint: $(installed)
 	@$(VENV)/bin/ruff check .
