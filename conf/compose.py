@@ -23,6 +23,7 @@ from omegaconf.resolvers import oc
 from . import secrets
 from .build import build, is_known, nearest_key
 from .errors import ConfigError, UnknownKey, most_like
+from .outside import read_yaml, yaml_error
 from .rules import check
 from .schema import Config
 
@@ -56,16 +57,7 @@ def load_saved(path: str | Path) -> Config:
 
 def read_saved(path: str | Path) -> dict[str, Any]:
     """What a run wrote to its directory, as it stands there: nothing is checked, and keys of other versions stay. Raises ConfigError."""
-    try:
-        tree = yaml.load(  # nosec B506  # both are safe
-            Path(path).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # noqa: S506
-        )
-    except OSError as error:
-        raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise _yaml_error(error) from None
-    except (ValueError, RecursionError) as error:  # a number that is none, brackets without end
-        raise ConfigError("config", str(path), f"is not YAML: {type(error).__name__}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError("config", str(path), "holds no settings")
     return tree
@@ -85,6 +77,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError("--config-dir", str(config_dir), "no such folder")
+        for level in ("*.yaml", "*/*.yaml", "*/*/*.yaml"):
+            for path in Path(config_dir).glob(level):
+                read_yaml(path)  # Hydra's reader knows no bounds
         words.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
     # The schema's defaults enter as plain values: conf/build.py holds the result against the types, whatever it came from.
     ConfigStore.instance().store(name="schema", node=_defaults())
@@ -97,7 +92,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         options = list(error.options or [])
         raise ConfigError(group, choice, f"no such choice; there are {', '.join(options)}", most_like(choice, options)) from None
     except yaml.YAMLError as error:
-        raise _yaml_error(error) from None
+        raise yaml_error(error) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _hydra_error(error, overrides) from None
     except OSError as error:  # a choice may be the name of no file that a system could have
@@ -249,12 +244,6 @@ def _value(parsed: Override) -> Any:
 
 
 # ---------------------------------------------------------------- complaints
-
-
-def _yaml_error(error: yaml.YAMLError) -> ConfigError:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
-    return ConfigError("config", where, f"is not YAML: {getattr(error, 'problem', None) or error}")
 
 
 def _hydra_error(error: Exception, overrides: Sequence[str]) -> ConfigError:

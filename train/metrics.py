@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..conf.outside import parse_json
 from ..conf.schema import Config, ParallelConfig
 
 LOST = "metrics_lost.jsonl"
+_LARGEST = 1 << 1023  # of whole numbers that are a float, too
 # What a line that is no record may raise: JSON of any depth, numbers of any size, and anything under `nonfinite`.
 BAD_LINE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 
@@ -198,7 +200,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)
     return isinstance(value, annotation)
 
 
@@ -221,7 +223,7 @@ def scan_records(path: str | Path, on_bad_line: Callable[[int, str, bool], None]
             if not line.strip():
                 continue
             try:
-                yield from_plain(kind, json.loads(line))
+                yield from_plain(kind, parse_json(line))
             except BAD_LINE as error:
                 on_bad_line(number, str(error), not line.endswith("\n"))
 
@@ -285,7 +287,7 @@ def _read(path: Path) -> str:
 
 def _parse(line: str) -> StepRecord | None:
     try:
-        return from_plain(StepRecord, json.loads(line))
+        return from_plain(StepRecord, parse_json(line))
     except BAD_LINE:
         return None
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..conf.outside import parse_json
 from . import metrics
 
 NAME = "sessions.jsonl"
@@ -63,7 +64,7 @@ def note(run_dir: Path, event: Began | Ended) -> None:
 def parse(line: str) -> Began | Ended | None:
     """Of a line of the file; None where it is torn, or no such line."""
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         return metrics.from_plain(Ended if "standing" in fields else Began, fields)
     except metrics.BAD_LINE:
         return None

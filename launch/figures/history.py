@@ -4,7 +4,6 @@ Records lie in buckets of equally many. Of each field a bucket keeps the least v
 no peak is lost; when the buckets are all full, two become one. With fewer records than buckets, each is there as it was.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ...conf.outside import parse_json
 
 AXES = ("step", "tokens", "seconds", "dollars")
 BUCKETS = 2048
@@ -224,7 +225,7 @@ def _number(value: Any) -> float:
 def parse(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl as a record; None where it is none."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (ValueError, RecursionError):
         return None
     if type(record) is not dict or any(_number(record.get(name)) != _number(record.get(name)) for name in ("step", "tokens")):

@@ -4,7 +4,6 @@ Nothing in it is trusted to be whole, or to be what it should: what is missing o
 again when they have changed; `look` is called by one thread, everything else by any, under `lock`.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from ...conf.compose import load_saved
 from ...conf.errors import ConfigError
+from ...conf.outside import parse_json
 from ...conf.phases import num_steps, num_tokens
 from ...conf.schema import Config
 from ...train import metrics, projection, sessions, waterfall
@@ -119,7 +119,7 @@ class Run:
         self.summary, self.summary_note = None, ""
         try:
             if (raw := _bytes(path)) is not None:
-                self.summary = metrics.from_plain(Summary, json.loads(raw))
+                self.summary = metrics.from_plain(Summary, parse_json(raw))
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             self.summary_note = f"summary.json cannot be read: {error}."
 
@@ -175,7 +175,7 @@ class Run:
         self._finite = finite
         saved = record.get("checkpoint")
         if isinstance(saved, str) and not saved.startswith("saved"):
-            tell("checkpoint", f"step {step}: {saved[:300]}")
+            tell("checkpoint", f"step {step}: {_words(saved)}")
 
     # ------------------------------------------------------------ asked
 
@@ -348,7 +348,7 @@ def _bytes(path: Path) -> bytes | None:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

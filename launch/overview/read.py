@@ -3,7 +3,6 @@
 Nothing in such a directory is trusted to be whole: what is missing, torn or no number is a gap in the row, and `note` says which.
 """
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from ...conf.compose import load_saved, read_saved
 from ...conf.errors import ConfigError
+from ...conf.outside import parse_json
 from ...conf.phases import num_steps
 from ...conf.schema import ParallelConfig, PrecisionConfig
 from ...train import metrics
@@ -137,7 +137,7 @@ def _is_file(path: Path) -> bool:
 def _json(path: Path) -> Any:
     """None where there is nothing that can be read."""
     try:
-        return json.loads(path.read_bytes()) if _is_file(path) and path.stat().st_size <= _SMALL else None
+        return parse_json(path.read_bytes()) if _is_file(path) and path.stat().st_size <= _SMALL else None
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -196,7 +196,7 @@ def _records(text: bytes) -> list[StepRecord]:
         if len(records) == RECENT:
             break
         try:
-            records.append(metrics.from_plain(StepRecord, json.loads(line)))
+            records.append(metrics.from_plain(StepRecord, parse_json(line)))
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             continue
     return records[::-1]

@@ -61,7 +61,7 @@ class Target:
 
 def _words(folder: Path) -> None:
     words = (folder / "words").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    compose.load([word for word in words if word])
+    compose.finish(compose.compose([word for word in words if word]))
 
 
 def _sweep(folder: Path) -> None:
@@ -70,7 +70,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _experiment(folder: Path) -> None:
-    compose.load(["experiment=mine"], folder)
+    compose.finish(compose.compose(["experiment=mine"], folder))
 
 
 def _saved(folder: Path) -> None:

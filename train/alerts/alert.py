@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...conf.outside import parse_json
 from .. import metrics
 
 NAME = "alerts.jsonl"
@@ -45,7 +46,7 @@ def begun(run_dir: Path) -> dict[str, Alert]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         try:
-            alert = metrics.from_plain(Alert, json.loads(line))
+            alert = metrics.from_plain(Alert, parse_json(line))
         except metrics.BAD_LINE:
             continue
         found.pop(alert.kind, None)
