@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...conf import files
 from .files import digest, forget_cache, write_durably
 
 MANIFEST = "manifest.json"
@@ -66,7 +67,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest, itself undamaged. Raises DamagedError where there is none, or not the one that was written, and CheckpointError where
     it cannot be read or is another version's."""
     try:
-        body = json.loads((folder / MANIFEST).read_bytes())
+        body = json.loads(files.read(folder / MANIFEST))
         seal, version = body.pop("seal"), body["format"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(folder, MANIFEST, f"is damaged ({error})") from None
@@ -85,6 +86,7 @@ def verify(folder: Path, file: str, manifest: Manifest, *, hashed: bool = True) 
     if Path(file).name != file or wanted is None:
         raise CheckpointError(f"{folder}: .metadata names a file {file!r} that {MANIFEST} does not: do not load it")
     try:
+        files.refuse_special(folder / file)
         size = (folder / file).stat().st_size
         if size != (written := manifest.num_bytes.get(file, size)):
             raise DamagedError(folder, file, f"is damaged (it has {size:,} bytes, {written:,} were written)")
@@ -104,6 +106,8 @@ def verify_all(folder: Path, files: Iterable[str] | None = None, *, hashed: bool
 
 def _unreadable(folder: Path, file: str, error: OSError) -> CheckpointError:
     """A file that is gone, or that the disk cannot give, is damage. One that may be there for somebody else, or later, is not."""
+    if isinstance(error, files.UnsafeFile):
+        return CheckpointError(f"{error}: a checkpoint is read from files of its own only")
     if isinstance(error, FileNotFoundError):
         return DamagedError(folder, file, "is missing: it was removed, or a copy was cut short")
     if error.errno == errno.EIO:

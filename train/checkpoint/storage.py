@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ...conf import files
 from .files import HashedFile, digest, flush_folder, forget_cache
 from .manifest import CheckpointError, DamagedError, read_manifest, unpickle_metadata, verify, write_manifest
 
@@ -183,7 +184,7 @@ class VerifiedReader(dcp.FileSystemReader):
         super().__init__(path)
         self.manifest = read_manifest(Path(path))
         verify(Path(path), METADATA, self.manifest)
-        self.metadata = unpickle_metadata(Path(path, METADATA).read_bytes())
+        self.metadata = unpickle_metadata(files.read(Path(path, METADATA)))
         self._verified: set[str] = set()
 
     def read_metadata(self, *args, **kwargs):
@@ -201,7 +202,7 @@ class VerifiedReader(dcp.FileSystemReader):
         What torch saves is a zip archive, in which the elements are stored as they are, under `.../data/0`.
         """
         place = self.storage_data[index]
-        with open(Path(self.path, place.relative_path), "rb") as file:
+        with files.reading(Path(self.path, place.relative_path)) as file:
             with zipfile.ZipFile(_Window(file, place.offset, place.length)) as archive:  # reads its directory only
                 entry = next(e for e in archive.infolist() if e.filename.endswith("/data/0"))
             assert entry.compress_type == zipfile.ZIP_STORED

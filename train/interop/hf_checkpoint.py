@@ -14,10 +14,11 @@ from torch import Tensor
 from ...conf.schema import ModelConfig, YarnConfig
 from ...parallel.optimizer.zero import Chunk
 from ..checkpoint.checkpointer import Archive
-from ..checkpoint.folder import NAME, commit, find_latest
+from ..checkpoint.folder import NAME, commit, find_latest, refuse_link
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
-from .hf_files import give_back
+from ..checkpoint.trust import Trust, Verdict, of_checkpoint, of_folder
+from .hf_files import INDEX, give_back
 from .hf_format import HFError, Piece, pieces, weight_shapes
 
 MASTER, MOMENTS, EMA = ".master", (".exp_avg", ".exp_avg_sq"), ".ema"
@@ -26,6 +27,27 @@ FIRST = "step_00000000"
 WEIGHTS = {"master": MASTER, "ema": EMA}
 
 Rows = Callable[[Piece, int, int], Tensor]  # rows first to last of a piece, in any shape and dtype
+
+
+# What is read of a Hugging Face folder.
+TAKEN = ("config.json", "tokenizer.json", "tokenizer_config.json", INDEX, "*.safetensors")
+
+
+def trusted_checkpoint(source: Path, trust: Trust, log: Callable[[str], None]) -> tuple[Path, Path, Verdict]:
+    """`find_checkpoint`, where it and its run's settings and tokenizer may be taken: (checkpoint, run directory, why). `log` hears of one
+    that is not ours. Raises CheckpointError for one that is not trusted."""
+    checkpoint, run_dir = find_checkpoint(source)
+    verdict = of_checkpoint(checkpoint, trust, run_dir / "config.yaml", run_dir / "tokenizer.json")
+    if verdict.told:
+        log(verdict.told)
+    return checkpoint, run_dir, verdict
+
+
+def trusted_folder(source: Path, trust: Trust, log: Callable[[str], None]) -> Path:
+    """Likewise, of a Hugging Face folder."""
+    if told := of_folder(source, trust, TAKEN).told:
+        log(told)
+    return source
 
 
 class CheckpointWeights:
@@ -43,6 +65,7 @@ class CheckpointWeights:
         fields = dict(self._archive.extra["model"])
         self.m = ModelConfig(**fields | {"yarn": YarnConfig(**fields["yarn"])}).freeze()
         self.precision: str = self._archive.extra["precision"]
+        self.tokenizer: str | None = self._archive.extra.get("tokenizer")  # its fingerprint
         placement = self._archive.extra.get("placement") or {}
         self._slot_of = {int(layer): {e: slot for slot, e in enumerate(table)} for layer, table in placement.items()}
 
@@ -62,6 +85,7 @@ class CheckpointWeights:
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
     """(checkpoint, run directory) of a run directory, its folder `checkpoints`, or a checkpoint in that. HFError if there is none."""
+    refuse_link(source) if NAME.fullmatch(source.name) else None
     if (source / MANIFEST).is_file() or (source.is_dir() and NAME.fullmatch(source.name)):
         return source, source.resolve().parent.parent
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
