@@ -35,6 +35,11 @@ def build(tree: Any) -> Config:
     return config
 
 
+def section(schema: type, tree: Any, key: str) -> Any:
+    """One section alone, such as the model that a checkpoint was saved with. Raises as `build` does; what is not given has its default."""
+    return _section(schema, tree, key)
+
+
 def _phase(run: dict, changes: Any, key: str) -> Config:
     """The run with some of its fields changed: what a phase does not say is as it is in the run's own sections."""
     if not isinstance(changes, dict):

@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 from omegaconf.resolvers import oc
 
+from . import said
 from .build import build, is_known, nearest_key
 from .errors import ConfigError, UnknownKey, most_like
 from .rules import check
@@ -88,7 +89,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     GlobalHydra.instance().clear()
     try:
         with _without_environment(), initialize_config_module("shoestring.conf", version_base="1.3"):
-            return hydra_compose("config", overrides=words)
+            composed = hydra_compose("config", overrides=words)
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         options = list(error.options or [])
@@ -97,6 +98,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         raise _yaml_error(error) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _hydra_error(error, overrides) from None
+    if config_dir is not None:
+        typed = {parsed.key_or_group: _value(parsed) for parsed in map(_parse, overrides)}
+        said.check(OmegaConf.to_container(composed, resolve=False), typed, Path(config_dir))
+    return composed
 
 
 def finish(composed: DictConfig) -> Config:

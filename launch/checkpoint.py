@@ -25,6 +25,7 @@ def show(source: Path) -> None:
     for path in (*sorted(folder.glob(f"*{folders.DAMAGED}*")), *folders.torn(folder)):
         state = "set aside: damaged" if folders.DAMAGED in path.name else "cut short, or being written"
         rows.append((path.name, _when(path), _size(path), "", "", state))
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.rjust(w) if i == 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
@@ -110,7 +111,8 @@ def _about(path: Path, pointed: bool) -> tuple[str, ...]:
         state = "complete"
     except CheckpointError as error:
         state = f"damaged: {error}" if isinstance(error, DamagedError) else f"not read: {error}"
-    return _when(path), _size(path), extra.get("layout", "?"), extra.get("precision", "?"), state + (", latest" if pointed else "")
+    told = (str(extra.get(name, "?")) for name in ("layout", "precision"))
+    return _when(path), _size(path), *told, state + (", latest" if pointed else "")
 
 
 def _when(path: Path) -> str:

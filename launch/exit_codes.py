@@ -53,6 +53,6 @@ def meaning(code: int) -> str:
 
 def sentence(error: BaseException) -> str:
     """What to tell a person about an exception, in one line."""
-    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))  # a name in it may talk to the terminal
     code = of(error)
     return text if text and code not in (FAILED, LOST) else f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...conf import said
 from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...train import cost
@@ -140,7 +141,11 @@ def read_words(path: Path, number: int = 1) -> list[str]:
         raise ConfigError("plan", str(path), "is no file that `shoestring plan ... output=FILE` wrote")
     if not 1 <= number <= len(plans):
         raise ConfigError("number", number, f"{path} has {len(plans)} plans", min(max(number, 1), len(plans)) or None)
-    return [str(word) for word in plans[number - 1]["words"]]
+    words = [str(word) for word in plans[number - 1]["words"]]
+    for word in words:
+        if said.is_one(word.partition("=")[0].lstrip("+~")):
+            raise ConfigError("plan", str(path), f"has {word.partition('=')[0]}, which a file cannot say for you: type it")
+    return words
 
 
 def launch_words(words: Sequence[str]) -> list[str]:

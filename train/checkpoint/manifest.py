@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from ...conf import files
@@ -116,22 +117,51 @@ def _unreadable(folder: Path, file: str, error: OSError) -> CheckpointError:
 
 
 def unpickle_metadata(data: bytes) -> Any:
-    """The DCP `Metadata` in a `.metadata`. Raises CheckpointError on any other class or function."""
+    """The DCP `Metadata` in a `.metadata`. Raises CheckpointError on any other class or function, and where it would change those."""
+    reader = _MetadataUnpickler(io.BytesIO(data))
     try:
-        return _MetadataUnpickler(io.BytesIO(data)).load()
+        return reader.load()
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f".metadata is not what shoestring writes ({type(error).__name__}: {error})") from None
+    finally:
+        reader.undo()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds what the `.metadata` of our planner and writer holds, and nothing else."""
 
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self._were: dict[int, tuple[Any, dict[str, Any]]] = {}  # classes and functions that it was given, as they were
+
     def find_class(self, module, name):
         if name not in _ALLOWED.get(module, ()):
             raise CheckpointError(f".metadata wants {module}.{name}, which no checkpoint of shoestring holds: do not load it")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        if id(found) not in self._were:
+            self._were[id(found)] = found, _attributes(found)
+        return found
+
+    def undo(self) -> None:
+        """A pickle can set attributes of what it names (BUILD), for good and for all: they are put back, and CheckpointError raised."""
+        same = lambda now, were: now.keys() == were.keys() and all(now[name] is were[name] for name in now)
+        changed = [(found, were) for found, were in self._were.values() if not same(_attributes(found), were)]
+        for found, were in changed:
+            for name in _attributes(found).keys() - were.keys():
+                delattr(found, name)
+            for name, value in were.items():
+                if _attributes(found).get(name) is not value:
+                    setattr(found, name, value)
+        if changed:
+            names = ", ".join(str(getattr(found, "__name__", found)) for found, _ in changed)
+            raise CheckpointError(f".metadata would change {names}, which no checkpoint of shoestring does: do not load it")
+
+
+def _attributes(found: Any) -> dict[str, Any]:
+    own = dict(getattr(found, "__dict__", {}))
+    return own | {name: getattr(found, name) for name in ("__defaults__", "__kwdefaults__", "__code__") if isinstance(found, FunctionType)}
 
 
 _ALLOWED = {

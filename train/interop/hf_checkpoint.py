@@ -11,11 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ...conf.schema import ModelConfig, YarnConfig
+from ...conf.build import section
+from ...conf.schema import ModelConfig
 from ...parallel.optimizer.zero import Chunk
 from ..checkpoint.checkpointer import Archive
 from ..checkpoint.folder import NAME, commit, find_latest, refuse_link
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, CheckpointError
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
 from ..checkpoint.trust import Trust, Verdict, of_checkpoint, of_folder
 from .hf_files import INDEX, give_back
@@ -62,12 +63,15 @@ class CheckpointWeights:
         self._archive, self._suffix = Archive(path), WEIGHTS[kind]
         if not any(name.endswith(self._suffix) for name in self._archive.names()):
             raise HFError(f"{path}: holds no {kind} weights" + (": was optim.ema_decay 0?" if kind == "ema" else ""))
-        fields = dict(self._archive.extra["model"])
-        self.m = ModelConfig(**fields | {"yarn": YarnConfig(**fields["yarn"])}).freeze()
-        self.precision: str = self._archive.extra["precision"]
-        self.tokenizer: str | None = self._archive.extra.get("tokenizer")  # its fingerprint
-        placement = self._archive.extra.get("placement") or {}
-        self._slot_of = {int(layer): {e: slot for slot, e in enumerate(table)} for layer, table in placement.items()}
+        extra = self._archive.extra
+        try:
+            self.m = section(ModelConfig, extra["model"], "model").freeze()
+            self.precision = str(extra["precision"])
+            self.tokenizer: str | None = extra.get("tokenizer")  # its fingerprint
+            placement = extra.get("placement") or {}
+            self._slot_of = {int(layer): {int(e): slot for slot, e in enumerate(table)} for layer, table in placement.items()}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path / MANIFEST}: its state is not what a run saves ({type(error).__name__}: {error})") from None
 
     def names(self) -> list[str]:
         return [n.removesuffix(self._suffix) for n in self._archive.names() if n.endswith((self._suffix, BIAS))]
