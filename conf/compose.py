@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 from omegaconf.resolvers import oc
 
-from . import said
+from . import aliases, said
 from .build import build, is_known, nearest_key
 from .errors import ConfigError, UnknownKey, most_like
 from .rules import check
@@ -57,7 +57,8 @@ def load_saved(path: str | Path) -> Config:
 def read_saved(path: str | Path) -> dict[str, Any]:
     """What a run wrote to its directory, as it stands there: nothing is checked, and keys of other versions stay. Raises ConfigError."""
     try:
-        tree = yaml.load(Path(path).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 both safe
+        aliases.check(path, data := Path(path).read_bytes())
+        tree = yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 both safe
     except OSError as error:
         raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -83,6 +84,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError("--config-dir", str(config_dir), "no such folder")
+        for file in sorted(Path(config_dir).glob("*/*.yaml")):
+            aliases.check(file, file.read_bytes() if file.is_file() else b"")
         words.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
     # The schema's defaults enter as plain values: conf/build.py holds the result against the types, whatever it came from.
     ConfigStore.instance().store(name="schema", node=_defaults())

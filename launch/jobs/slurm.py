@@ -66,7 +66,7 @@ def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: 
         "",
         *_srun(first, log),
         "",
-        f'exec {_python(first, host=True)} -m shoestring.launch.jobs.after $? {shlex.quote(str(folder))} "${{words[@]}}"',
+        f'exec {shlex.quote(_python(first, host=True))} -m shoestring.launch.jobs.after $? {shlex.quote(str(folder))} "${{words[@]}}"',
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
