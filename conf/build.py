@@ -36,9 +36,9 @@ def build(tree: Any) -> Config:
     return config
 
 
-def section(schema: type, fields: Any, key: str) -> Any:
-    """One section alone, as `build` would fill it. Raises as it does."""
-    return _section(schema, fields, key)
+def section(schema: type, tree: Any, key: str) -> Any:
+    """One section alone, such as the model that a checkpoint was saved with. Raises as `build` does; what is not given has its default."""
+    return _section(schema, tree, key)
 
 
 def _phase(run: dict, changes: Any, key: str) -> Config:

@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 from omegaconf.resolvers import oc
 
-from . import secrets
+from . import said, secrets
 from .build import build, is_known, nearest_key
 from .errors import ConfigError, UnknownKey, most_like
 from .outside import read_yaml, yaml_error
@@ -86,7 +86,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     GlobalHydra.instance().clear()
     try:
         with _without_environment(), initialize_config_module("shoestring.conf", version_base="1.3"):
-            return hydra_compose("config", overrides=words)
+            composed = hydra_compose("config", overrides=words)
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         options = list(error.options or [])
@@ -100,6 +100,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     except (AssertionError, AttributeError, KeyError, TypeError, RecursionError) as error:  # of a file that is YAML, and no settings
         where = str(config_dir or "the command line")
         raise ConfigError("config", where, f"is not made of settings ({type(error).__name__}: {str(error)[:200]})") from None
+    if config_dir is not None:
+        typed = {parsed.key_or_group: _value(parsed) for parsed in map(_parse, overrides)}
+        said.check(OmegaConf.to_container(composed, resolve=False), typed, Path(config_dir))
+    return composed
 
 
 def finish(composed: DictConfig) -> Config:

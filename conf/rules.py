@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from . import variables
+from . import places, variables
 from .errors import ConfigError, divisors, most_like
 from .phases import levels
 from .schema import Config, ModelConfig
@@ -173,6 +173,8 @@ def _candidates(c: Config, field: str) -> Iterable:
         return _CHOICES[field]
     if field == _WEBHOOK:
         return ["env:ALERT_WEBHOOK"]
+    if field in ("name", "model.name"):
+        return [places.nearest(value, parts=field == "name")] if value.strip() else []
     if field in ("parallel.ep", "model.num_groups"):
         return divisors(m.num_experts) if 0 < m.num_experts < 2**20 else [1]
     if field in ("parallel.pp", "parallel.chunks", "model.num_dense_layers"):
@@ -281,6 +283,18 @@ def _ranges(c: Config) -> Iterator[Broken]:
     for name in ("name", "run_dir"):
         if not _of(name)(c).strip():
             yield name, "must not be empty"
+    if c.name.strip() and (rule := places.wrong(c.name, parts=True)):
+        yield "name", rule
+    if not c.run_dir.isprintable() or c.run_dir.startswith("-"):
+        yield "run_dir", "must be one line of printable text that does not begin with -"
+    if rule := places.wrong(c.model.name):
+        yield "model.name", rule
+    for name in c.data.sources:
+        if rule := places.wrong(name):
+            yield "data.sources", f"{name!r}: {rule}"
+    for word in c.checkpoint.trust:
+        if not re.fullmatch(r"[0-9a-f]{16,64}", word):
+            yield "checkpoint.trust", "must be a list of words of 16 hexadecimal digits or more, as a refusal names them"
 
 
 def _checkpoint(c: Config) -> Iterator[Broken]:

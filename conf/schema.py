@@ -252,6 +252,8 @@ class CheckpointConfig(Section):
     keep_last: int = 2
     async_save: bool = True
     resume: str = "auto"  # auto: the newest in the run directory, if any | never: refuse a directory that has one | a path
+    trust: list[str] = field(default_factory=list)  # of somebody else's checkpoint the word that its refusal names: 16 digits of a hash
+    signers: str = ""  # an OpenSSH file of allowed signers: a checkpoint from elsewhere must then be signed by one of them
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,16 @@
-"""`shoestring checkpoint list|verify|prune`: what a run has saved, whether it is as it was written, and what of it may go."""
+"""`shoestring checkpoint list|verify|sign|prune`: what a run has saved, whether it is as it was written, who vouches for it, and what of it
+may go."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..conf import files
 from ..conf.errors import ConfigError
 from ..train.checkpoint import folder as folders
-from ..train.checkpoint.manifest import CheckpointError, DamagedError, read_manifest, verify_all
+from ..train.checkpoint import signature
+from ..train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, read_manifest, verify_all
+from ..train.checkpoint.signature import signer
 from . import exit_codes
 from .overview.table import printable
 
@@ -21,6 +25,7 @@ def show(source: Path) -> None:
     for path in (*sorted(folder.glob(f"*{folders.DAMAGED}*")), *folders.torn(folder)):
         state = "set aside: damaged" if folders.DAMAGED in path.name else "cut short, or being written"
         rows.append((path.name, _when(path), _size(path), "", "", state))
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.rjust(w) if i == 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
@@ -28,8 +33,9 @@ def show(source: Path) -> None:
         print(f"{folder}: none yet")
 
 
-def verify(source: Path, *, every: bool = False, quarantine: bool = False) -> int:
-    """Read and hash every file of the checkpoint to go on from, or of all; a line for each; the exit code."""
+def verify(source: Path, *, every: bool = False, quarantine: bool = False, signers: str = "") -> int:
+    """Read and hash every file of the checkpoint to go on from, or of all; a line for each; the exit code. With `signers`, each must be
+    signed by one of them."""
     folder, chosen = _find(source)
     if not every and len(chosen) > 1:
         chosen = folders.candidates(folder)[:1]
@@ -40,13 +46,23 @@ def verify(source: Path, *, every: bool = False, quarantine: bool = False) -> in
         began = time.monotonic()
         try:
             manifest = verify_all(path)
-            print(f"{path.name}  whole: {len(manifest.sha256)} files, {_size(path)}, {time.monotonic() - began:.1f} s", flush=True)
+            by = f", signed by {printable(signer(path, signers, files.read(path / MANIFEST)))}" if signers else ""
+            print(f"{path.name}  whole: {len(manifest.sha256)} files, {_size(path)}, {time.monotonic() - began:.1f} s{by}", flush=True)
         except CheckpointError as error:
             code = exit_codes.STORAGE
             print(f"{path.name}  DAMAGED: {error}" if isinstance(error, DamagedError) else f"{path.name}  not read: {error}", flush=True)
             if quarantine and isinstance(error, DamagedError):
                 print(f"  it is now {folders.quarantine(error).name}", flush=True)
     return code
+
+
+def sign(source: Path, *, key: str) -> None:
+    """The checkpoint to go on from, once every file is found to be as it was written; the file that it is in."""
+    folder, chosen = _find(source)
+    chosen = chosen if len(chosen) < 2 else folders.candidates(folder)[:1]
+    if not chosen:
+        raise CheckpointError(f"{folder}: holds no checkpoint")
+    print(signature.sign(chosen[0], key))
 
 
 def prune(source: Path, words: Sequence[str], *, dry_run: bool = False) -> None:
@@ -69,10 +85,13 @@ def prune(source: Path, words: Sequence[str], *, dry_run: bool = False) -> None:
 def _find(source: Path) -> tuple[Path, list[Path]]:
     """The folder of checkpoints of a run directory, that folder itself, or that of one checkpoint; and those that are meant."""
     if folders.NAME.fullmatch(source.name):
+        folders.refuse_link(source)
         if source.is_dir():
             return source.parent, [source]
     elif source.is_dir():
         folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+        folders.refuse_link(folder) if folder != source else None
+        folders.refuse_links(folder)
         return folder, folders.checkpoints(folder)
     raise ConfigError("RUN_OR_FOLDER", str(source), "must be a run directory, its folder checkpoints/, or one checkpoint in that")
 

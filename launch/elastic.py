@@ -6,6 +6,7 @@ is torchrun, with two things set right: ranks meet over a store of their own, wi
 ends with our exit code, where torchrun ends with 1 and a traceback, also after a SIGTERM that every rank has answered by saving.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from ..conf import rules
+from ..conf import files, rules
 from ..conf.errors import ConfigError, closest, divisors
 from ..conf.phases import phases
 from ..conf.schema import Config
@@ -115,16 +116,21 @@ class _Ended:
         self._path = Path(tempfile.gettempdir()) / f"shoestring-ended-{agent}-{lease.born(agent) or 0}"
 
     def read(self) -> int | None:
-        return int(self._path.read_text()) if self._path.exists() else None
+        """None also for a note that is not this user's: the folder is everybody's."""
+        with contextlib.suppress(OSError, ValueError), files.reading(self._path) as file:
+            return int(file.read(8)) if os.fstat(file.fileno()).st_uid == os.geteuid() else None
+        return None
 
     def write(self, code: int) -> int:
         if environment.under_torchrun() and code not in (exit_codes.OK, exit_codes.FAILED, exit_codes.LOST):
-            self._path.write_text(str(code))
+            with contextlib.suppress(OSError), files.fresh(self._path, private=True) as file:
+                file.write(str(code).encode())
         return code
 
     def take(self) -> int | None:
         code = self.read()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's, who has taken the name
+            self._path.unlink(missing_ok=True)
         return code
 
 

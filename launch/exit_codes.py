@@ -27,6 +27,7 @@ PASSING = (FAILED, LOST, OTHER_SIZE)  # what may be over when the ranks are star
 # By name, and not by class: whoever only wants an exit code need not import torch for it.
 _BY_NAME = {
     "ConfigError": CONFIG, "DataError": DATA, "CheckpointError": STORAGE, "HFError": STORAGE, "SafetensorError": STORAGE,
+    "UnsafeFile": STORAGE,
     "FloatingPointError": DIVERGED, "RankFailed": LOST, "CollectiveLost": LOST, "WrongGradients": LOST,
     "DistBackendError": LOST, "DistNetworkError": LOST, "DistStoreError": LOST, "KeyboardInterrupt": INTERRUPTED,
 }  # fmt: skip

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..conf import files
+
 FOLDER = "heartbeats"
 _RECORD = struct.Struct("<qqq32s")
 _ORDER = ("start", "data", "replay", "forward and backward", "reduce", "update", "evaluation", "checkpoint", "end")
@@ -45,8 +47,8 @@ class Heartbeat:
 
     def __init__(self, run_dir: Path, rank: int):
         path = _path(run_dir, rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._count, self._step = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), 0, 0
+        files.folder(run_dir, FOLDER)
+        self._file, self._count, self._step = files.descriptor(path, os.O_WRONLY | os.O_CREAT, 0o644), 0, 0
         self._phase = ""
         self("start")
 
@@ -86,7 +88,7 @@ class Watcher:
 def read(run_dir: Path, rank: int) -> Beat | None:
     """A rank's last beat; None where it has none yet."""
     try:
-        pid, count, step, phase = _RECORD.unpack(_path(run_dir, rank).read_bytes())
+        pid, count, step, phase = _RECORD.unpack(files.read(_path(run_dir, rank), _RECORD.size + 1))
     except (OSError, struct.error):
         return None
     return Beat(rank=rank, pid=pid, count=count, step=step, phase=phase.rstrip(b"\0").decode(errors="replace"))
@@ -94,7 +96,7 @@ def read(run_dir: Path, rank: int) -> Beat | None:
 
 def forget(run_dir: Path) -> None:
     """Those of an earlier world go."""
-    for path in (run_dir / FOLDER).glob("rank_*"):
+    for path in files.folder(run_dir, FOLDER).glob("rank_*"):
         path.unlink(missing_ok=True)
 
 

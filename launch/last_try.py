@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..conf import files
+from ..conf.outside import parse_json
 from ..train.metrics import from_plain, replace_file
 from . import exit_codes
 
 FILE = "ending.json"
+_LONGEST = 1 << 20  # bytes of it that are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,6 @@ def clear(run_dir: Path) -> None:
 def read(run_dir: Path) -> Ended | None:
     """None where there is none, or none that can be read."""
     try:
-        return from_plain(Ended, json.loads((run_dir / FILE).read_bytes()))
+        return from_plain(Ended, parse_json(files.read(run_dir / FILE, _LONGEST)))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..conf import files
 from ..conf.phases import phase_at
 from ..conf.rules import replaced
 from ..conf.schema import Config, ConfigError
@@ -213,5 +214,5 @@ def _say_restart(config: Config, ending: Ending, number: int, step: int) -> None
         "seen": ending.seen,
         "again": time.monotonic(),
     }
-    with open(Path(config.run_dir) / "restarts.jsonl", "a", encoding="utf-8") as file:
+    with files.opened(Path(config.run_dir) / "restarts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

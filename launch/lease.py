@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..conf import files
 from ..conf.errors import ConfigError
+from ..conf.outside import parse_json
+from ..train.metrics import BAD_LINE, from_plain
 
 FILE = "lease.json"
 REFRESH_S = 2.0
@@ -59,7 +62,7 @@ def held(
     `session`: a name that the parts and restarts of one job share; "": it has none.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    file = files.descriptor(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         me = Owner.myself(session)
         _claim(file, run_dir, me, log, stale_s)
@@ -171,6 +174,6 @@ def _write(file: int, owner: Owner) -> None:
 def _read(run_dir: Path) -> Owner | None:
     """None where nobody has it. (Opened each time: what a network's file system has cached is asked for again then.)"""
     try:
-        return Owner(**json.loads((run_dir / FILE).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return from_plain(Owner, parse_json(files.read(run_dir / FILE, _SIZE)))
+    except (OSError, *BAD_LINE):
         return None

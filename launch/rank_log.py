@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..conf import files
 from . import environment, exit_codes, lease
 from .environment import Place
 
@@ -32,12 +33,12 @@ _ROUNDS = 100  # of copying what is written meanwhile
 Tell = Callable[[str, int], None]
 
 
-def take_over(*files: tuple[Path, Any, int]) -> None:
+def take_over(*streams: tuple[Path, Any, int]) -> None:
     """From now on this process's streams write to files: each (path, Python's stream, descriptor). Two streams may have one path."""
     bounded = {}
-    for path, stream, number in files:
+    for path, stream, number in streams:
         stream.flush()
-        with open(path, "ab") as file:
+        with files.opened(path, "ab") as file:
             for target in {number, _descriptor(stream, number)}:
                 os.dup2(file.fileno(), target)
         if hasattr(stream, "reconfigure"):
@@ -53,10 +54,10 @@ def _descriptor(stream: Any, otherwise: int) -> int:
         return otherwise
 
 
-def _tend(files: list["Bounded"]) -> None:
+def _tend(bounded: list["Bounded"]) -> None:
     while True:
         time.sleep(_LOOK_S)
-        for file in files:
+        for file in bounded:
             with contextlib.suppress(OSError):
                 file.tend()
 
@@ -81,7 +82,7 @@ def heard(run_dir: Path, place: Place) -> Iterator[Tell | None]:
             os.write(console, f"error: {message} (this rank's log: {path})\n".encode())
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.folder(run_dir, "logs", folder.name)
         take_over((path, sys.stdout, 1), (path, sys.stderr, 2))
         print(f"---- rank {place.rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')} {environment.restart()}", flush=True)
     except OSError as error:
@@ -119,7 +120,7 @@ class Bounded:
     the last `batch` are folded. What is written during the instant in which it is made shorter may be lost, nothing else."""
 
     def __init__(self, path: Path, *, cap: int = CAP, batch: int = BATCH):
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  open as long as the process lives
+        self._file = files.opened(path, "rb+", buffering=0)  # open as long as the process lives
         self._cap, self._batch, self._left_out = cap, batch, 0
         self._folded = self._head = 0  # bytes; of the head, once there is one
 

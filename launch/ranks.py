@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..conf import files
 from ..parallel.flight import ASKED, asked_file, missing, tidy
 from . import cause, environment, exit_codes, heartbeats, rank_log, secrets
 from .cause import Ending
@@ -61,7 +62,7 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         what = self.what
-        what.logs.mkdir(parents=True, exist_ok=True)
+        files.folder(what.run_dir, "logs", what.logs.name)
         heartbeats.forget(what.run_dir)
         environment.prepare_launch(what.device_type == "cpu")
         context = multiprocessing.get_context("fork" if what.device_type == "cpu" else "spawn")
@@ -149,9 +150,9 @@ class Ranks:
             for rank in begun:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.processes[rank].pid, number)
-        files = [asked_file(self.what.flight, rank) for rank in begun]
+        asked = [asked_file(self.what.flight, rank) for rank in begun]
         until = time.monotonic() + _STACKS_S
-        while time.monotonic() < until and not all(file.exists() and file.stat().st_size for file in files):
+        while time.monotonic() < until and not all(file.exists() and file.stat().st_size for file in asked):
             time.sleep(0.02)
 
 
@@ -169,8 +170,8 @@ def _main(rank: int, launcher: int, store_port: Connection, what: Try) -> None:
     end_with(launcher)
     environment.become_rank(rank, what.world_size, store_port.recv())
     if rank:
-        files = what.logs / f"rank_{rank}.stdout", what.logs / f"rank_{rank}.stderr"
-        rank_log.take_over((files[0], sys.stdout, 1), (files[1], sys.stderr, 2))
+        out, err = what.logs / f"rank_{rank}.stdout", what.logs / f"rank_{rank}.stderr"
+        rank_log.take_over((out, sys.stdout, 1), (err, sys.stderr, 2))
     secrets.install()  # a rank that was forked has it, one that was spawned has not
     code = what.target(*what.args)
     sys.stdout.flush(), sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..conf.errors import ConfigError
@@ -11,13 +12,16 @@ from ..train.sample import Generator, Sampling, TextStream, load
 _FAINT, _PLAIN = "\033[2m", "\033[0m"
 
 
-def show(source: Path, prompt: str, *, weights: str, max_tokens: int, temperature: float, top_p: float, seed: int, num: int) -> None:
+def show(
+    source: Path, prompt: str, *, weights: str, max_tokens: int, temperature: float, top_p: float, seed: int, num: int,
+    trust: Sequence[str] = (), signers: str = "",
+) -> None:  # fmt: skip
     """Write `num` continuations of `prompt`, seeded `seed`, `seed + 1` and so on. Raises what `load` and `Generator` do."""
     for name, value in (("--max-tokens", max_tokens), ("--num", num)):
         if value < 1:
             raise ConfigError(name, value, "must be at least 1", 1)
     samplings = [Sampling(temperature=temperature, top_p=top_p, seed=seed + i) for i in range(num)]
-    loaded = load(source, weights)
+    loaded = load(source, weights, trust=trust, signers=signers, log=_tell)
     generator = Generator(loaded, prompt, max_tokens)
     if generator.max_tokens < max_tokens:
         _tell(f"at most {generator.max_tokens} tokens: prompt and text must fit model.max_seq_len = {loaded.model.m.max_seq_len}")

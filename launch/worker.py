@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..conf import files
 from ..conf.schema import Config, LaunchConfig
 from ..parallel import world
 from ..parallel.flight import FOLDER, answer_when_asked, last_begun, tidy, write_flight
@@ -137,5 +138,5 @@ def _report(error: BaseException, place: Place, flight: Path, failures: Path | N
             tell(message, code)
     else:
         record = {"time": at, "rank": place.rank, "code": code, "message": message, "traceback": trace}
-        (failures / f"failure-{place.rank}.json").write_text(json.dumps(record))
+        files.replace(failures / f"failure-{place.rank}.json", json.dumps(record))
     return code

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..conf import files
 from ._torch import flight_entries, own_groups
 from .world import title
 
@@ -44,18 +45,24 @@ def write_flight(folder: Path, error: BaseException | None = None, *, hide: Call
         "collectives": [_collective(e) for e in entries[-KEPT:]],
         "stacks": _stacks(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    _made(folder)
     path = folder / f"rank_{rank}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    files.replace(path, json.dumps(document, indent=1) + "\n")
     return path
 
 
 def answer_when_asked(folder: Path, rank: int) -> None:
     """From now on this process writes the stacks of its threads when it gets the signal `ASKED`, even where Python has no say: in a
     collective, in a kernel, in a lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(asked_file(folder, rank), "w")  # noqa: SIM115  open as long as the process lives
+    _made(folder)
+    file = files.opened(asked_file(folder, rank), "wb")  # open as long as the process lives
     faulthandler.register(ASKED, file=file, all_threads=True)
+
+
+def _made(folder: Path) -> None:
+    """FOLDER of a run directory, or a folder in that."""
+    parts = (folder.name,) if folder.name == FOLDER else (folder.parent.name, folder.name)
+    files.folder(folder.parents[len(parts) - 1], *parts)
 
 
 def tidy(folder: Path, *ranks: int) -> None:
@@ -107,8 +114,8 @@ def _stacks() -> dict[str, list[str]]:
 def read_json(path: Path) -> dict | None:
     """None for the file of a rank that was ended while it wrote."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return json.loads(files.read(path))
+    except (ValueError, files.UnsafeFile):
         return None
 
 
@@ -129,12 +136,12 @@ class Missing:
 
 def missing(folder: Path) -> list[Missing]:
     """By a folder's files: the collectives that were waited in, first the one that was first."""
-    files = [file for path in sorted(folder.glob("rank_*.json")) if (file := read_json(path))]
+    told = [file for path in sorted(folder.glob("rank_*.json")) if (file := read_json(path))]
     groups: dict[tuple, dict[int, dict]] = {}
-    for file in files:
+    for file in told:
         for g in file["groups"]:
             groups.setdefault((g["name"], *g["ranks"]), {})[file["rank"]] = g
-    last = {file["rank"]: min((g["age_s"] for g in file["groups"] if g["begun"]), default=0.0) for file in files}
+    last = {file["rank"]: min((g["age_s"] for g in file["groups"] if g["begun"]), default=0.0) for file in told}
     found = [_missing(name, ranks, seen, last) for (name, *ranks), seen in groups.items()]
     return sorted((m for m in found if m), key=lambda m: -m.age_s)
 

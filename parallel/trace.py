@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..conf import files
 from .phases import Pending
 from .schedule.ops import Action, Op
 from .transport import Work
@@ -222,10 +223,10 @@ _LANE = {"recompute": "compute", "reduce": "step", "section": "step"}  # of othe
 
 def write_trace(path: Path, spans: Iterable[Span], **facts: Any) -> None:
     """Chrome's trace format (chrome://tracing, ui.perfetto.dev): a process per rank. `facts` stand beside the events."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.folder(path.parent.parent, path.parent.name)
     events = [event for rank in sorted({s.rank for s in spans}) for event in _names(rank)] + [_event(s) for s in spans]
     document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"format": FORMAT, **facts}}
-    path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    files.replace(path, json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def _names(rank: int) -> list[dict]:

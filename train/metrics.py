@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..conf import files
 from ..conf.outside import parse_json
 from ..conf.schema import Config, ParallelConfig
 
@@ -282,7 +283,7 @@ def rewind(path: str | Path, step: int) -> Rewound:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return files.read(path).decode(errors="replace") if os.path.lexists(path) else ""
 
 
 def _parse(line: str) -> StepRecord | None:
@@ -294,9 +295,4 @@ def _parse(line: str) -> StepRecord | None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all, through to the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    files.replace(path, text)

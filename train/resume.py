@@ -8,8 +8,9 @@ from typing import Any
 from ..conf.phases import Phase, phases
 from ..conf.schema import Config, ConfigError
 from .checkpoint.checkpointer import read_extra
-from .checkpoint.folder import check_lost, complete, find_latest
+from .checkpoint.folder import NAME, check_lost, complete, find_latest, refuse_link
 from .checkpoint.manifest import MANIFEST, CheckpointError
+from .checkpoint.trust import OURS, Trust, Verdict, of_checkpoint
 from .data.corpus import Corpus
 from .metrics import BAD_LINE, from_plain, layout_name
 
@@ -32,7 +33,7 @@ def find_start(config: Config, *, begun: bool = False) -> Path | None:
     """The checkpoint to go on from: the run directory's newest, else the one that `checkpoint.resume` names (or the newest in it).
 
     `begun`: by a session that goes back to it. Whether it is whole is not looked into. Raises CheckpointError where there were some, and
-    all have been lost, or set aside as damaged.
+    all have been lost, or set aside as damaged, and for somebody else's that is not trusted.
     """
     resume, own = config.checkpoint.resume, _own(config)
     found = find_latest(own)
@@ -47,7 +48,18 @@ def find_start(config: Config, *, begun: bool = False) -> Path | None:
     named = find_latest(Path(resume) / "checkpoints") or Path(resume)
     if not named.is_dir():
         raise ConfigError("checkpoint.resume", resume, "must be auto, never, or an existing checkpoint or run directory", "auto")
+    trusted(config, named)
     return named
+
+
+def trusted(config: Config, start: Path) -> Verdict:
+    """Of a checkpoint to go on from: raises CheckpointError for somebody else's that is not said to be trusted. A run's own are its own."""
+    if start.parent == _own(config):
+        return OURS
+    if NAME.fullmatch(start.name):
+        refuse_link(start)
+    c = config.checkpoint
+    return of_checkpoint(start, Trust(words=tuple(c.trust), signers=c.signers, how="checkpoint.trust=[{}]"))
 
 
 def steps_done(config: Config) -> int:

@@ -4,7 +4,7 @@ V vocabulary
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..conf.compose import load_saved
 from ..conf.schema import ConfigError
+from .checkpoint.trust import Trust, check_tokenizer
 from .data.tokenizer import Tokenizer, load_tokenizer
-from .interop.hf import filled, load_pretrained, read_rows
-from .interop.hf_checkpoint import CheckpointWeights, find_checkpoint
+from .interop.hf import filled, load_pretrained, read_rows, tell
+from .interop.hf_checkpoint import CheckpointWeights, trusted_checkpoint, trusted_folder
 from .interop.hf_files import read_json
 from .interop.hf_format import pieces
 from .model.decoder import CausalLM
@@ -53,25 +54,31 @@ class Loaded:
     source: Path  # the checkpoint, or the exported folder
 
 
-def load(source: str | Path, weights: str = "master") -> Loaded:
+def load(
+    source: str | Path, weights: str = "master", *, trust: Sequence[str] = (), signers: str = "", log: Callable[[str], None] = tell
+) -> Loaded:
     """Of a run directory its newest checkpoint, or one checkpoint of a run, or a Hugging Face folder.
 
+    `trust`, `signers`: of somebody else's, as `train/checkpoint/trust.py` has them.
     `weights` of a checkpoint: master, or ema, the average of them that the run kept. Raises HFError or CheckpointError where there is no
     such model, ConfigError where its tokenizer is missing or does not fit, and for an average that a Hugging Face folder cannot have.
     """
-    source = Path(source)
+    source, said = Path(source), Trust(words=tuple(trust), signers=signers)
     if (source / "config.json").is_file():
         if weights != "master":
             rule = f"is of a run; {source} is a Hugging Face folder, with one kind of weights: leave the option out"
             raise ConfigError("--weights", weights, rule)
+        trusted_folder(source, said, log)
         tokenizer, begin = _exported_tokenizer(source)  # before the weights: a missing one is told at once
         model = load_pretrained(source, mtp="skip")
     else:
-        source, run_dir = find_checkpoint(source)
+        source, run_dir, verdict = trusted_checkpoint(source, said, log)
         saved = run_dir / "config.yaml"
         end = load_saved(saved).data.tokenizer.end_of_document if saved.is_file() else ""
         tokenizer, begin = load_tokenizer(run_dir / "tokenizer.json", end), None
-        model = _load_checkpoint(source, weights)
+        held = CheckpointWeights(source, weights)
+        check_tokenizer(source, held.tokenizer, tokenizer.fingerprint, verdict)
+        model = _load_checkpoint(held)
     if tokenizer.vocab_size > model.m.vocab_size:
         rule = f"its {tokenizer.vocab_size} ids do not fit the model's {model.m.vocab_size}: it is that of another model"
         raise ConfigError("tokenizer.json", str(source), rule)
@@ -87,8 +94,7 @@ def _exported_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
     return tokenizer, tokenizer.id_of(spelling.get("bos_token") or "")
 
 
-def _load_checkpoint(path: Path, kind: str) -> CausalLM:
-    weights = CheckpointWeights(path, kind)
+def _load_checkpoint(weights: CheckpointWeights) -> CausalLM:
     m = dataclasses.replace(weights.m, mtp_depth=0).freeze()
     return filled(m, [p for p in pieces(m) if p.numel and not p.implied], partial(read_rows, weights))
 

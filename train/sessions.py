@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..conf import files
 from ..conf.outside import parse_json
 from . import metrics
 
@@ -54,7 +55,7 @@ class Ended:
 
 def note(run_dir: Path, event: Began | Ended) -> None:
     """Append, through to the disk; a torn line before it stays one of its own."""
-    with open(run_dir / NAME, "ab+") as file:
+    with files.opened(run_dir / NAME, "ab+") as file:
         torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * bool(torn) + json.dumps(asdict(event)).encode() + b"\n")
         file.flush()

@@ -31,7 +31,7 @@ from .guard import GoBack
 from .metrics import StepRecord, Summary
 from .phase_run import PhaseRun
 from .records import make_record
-from .resume import Progress, check_same_run, find_start, kept, progress_of
+from .resume import Progress, check_same_run, find_start, kept, progress_of, trusted
 from .sinks.opening import open_sinks
 from .sinks.sink import Sinks
 from .sound import Sound
@@ -158,6 +158,8 @@ class _Session:
         start = find_start(self.config, begun=begun)
         if start is None and (left := torn(self.checkpointer.folder)):
             self.log(f"{left[-1]} is a save that was cut short, and no checkpoint was ever complete: this run begins anew")
+        if start is not None and (told := trusted(self.config, start).told):
+            self.log(told)
         return start, progress_of(start, read_extra(start)).step if start else 0
 
     def _of_first(self, ask: Callable[[], Any]) -> Any:

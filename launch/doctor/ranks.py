@@ -137,7 +137,7 @@ def shared_folder(config: Config, members: Sequence[Member]) -> list[Line]:
     if dist.get_rank() == 0:
         marker = [os.path.join(nearest_there(config.run_dir), f".shoestring-doctor-shared-{os.getpid()}")]
         try:
-            os.close(os.open(marker[0], os.O_WRONLY | os.O_CREAT, 0o600))
+            os.close(os.open(marker[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError:
             marker = [""]
     dist.broadcast_object_list(marker, src=0)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...conf import files
 from ...conf.phases import num_steps
 from ...conf.schema import Config
 from ...train.resume import steps_done
@@ -104,8 +105,8 @@ def _read(line: str) -> dict | None:
 
 
 def _note(folder: Path, link: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LINKS, "a", encoding="utf-8") as file:
+    files.folder(folder.parent, folder.name)
+    with files.opened(folder / LINKS, "a", encoding="utf-8") as file:
         file.write(json.dumps(link) + "\n")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...conf import files
 from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...train.metrics import replace_file
@@ -65,7 +66,7 @@ def script(jobs: Sequence[Job], folder: Path, command: Sequence[str], *, chdir: 
         "",
         *_srun(first, log),
         "",
-        f'exec {_python(first, host=True)} -m shoestring.launch.jobs.after $? {shlex.quote(str(folder))} "${{words[@]}}"',
+        f'exec {shlex.quote(_python(first, host=True))} -m shoestring.launch.jobs.after $? {shlex.quote(str(folder))} "${{words[@]}}"',
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -187,7 +188,7 @@ def send(text: str, folder: Path) -> Sent:
     """Write the file and hand it to sbatch. Raises ConfigError with Slurm's own words where it is refused."""
     if not shutil.which("sbatch"):
         raise ConfigError("launch", "slurm", "there is no sbatch here: run it where jobs are sent from, or see it with --dry-run", "local")
-    folder.mkdir(parents=True, exist_ok=True)
+    files.folder(folder.parent, folder.name)
     path = folder / "job.sbatch"
     replace_file(path, text)
     found = subprocess.run(["sbatch", "--parsable", str(path)], env=environment.to_send(), capture_output=True, text=True)

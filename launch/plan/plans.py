@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...conf import said
 from ...conf.errors import ConfigError
 from ...conf.schema import Config
 from ...train import cost
@@ -140,6 +141,9 @@ def read_words(path: Path, number: int = 1) -> list[str]:
         raise ConfigError("plan", str(path), "is no file that `shoestring plan ... output=FILE` wrote")
     if not 1 <= number <= len(words):
         raise ConfigError("number", number, f"{path} has {len(words)} plans", min(max(number, 1), len(words)) or None)
+    for word in words[number - 1]:
+        if said.is_one(word.partition("=")[0].lstrip("+~")):
+            raise ConfigError("plan", str(path), f"has {word.partition('=')[0]}, which a file cannot say for you: type it")
     return words[number - 1]
 
 

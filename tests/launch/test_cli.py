@@ -15,6 +15,9 @@ from shoestring.launch import cli, environment, exit_codes
 ROOT = Path(cli.__file__).resolve().parents[1]
 
 
+NOBODY = {"trust": (), "signers": ""}  # of those who made somebody else's checkpoint
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What a command would have run: (target, positional, named)."""
@@ -55,17 +58,18 @@ def test_cfg_prints_the_resolved_configuration_and_runs_nothing(calls, capsys):
     ("words", "target", "args", "kwargs"),
     [
         (["export", "runs/a", "out"], "shoestring.train.interop.hf:export", (Path("runs/a"), Path("out")),
-         {"dtype": "auto", "weights": "master"}),
+         {"dtype": "auto", "weights": "master", **NOBODY}),
         (["export", "runs/a", "out", "--dtype", "fp8", "--weights", "ema"], "shoestring.train.interop.hf:export",
-         (Path("runs/a"), Path("out")), {"dtype": "fp8", "weights": "ema"}),
-        (["import", "hf", "out"], "shoestring.train.interop.hf:import_", (Path("hf"), Path("out")), {"mtp": "check"}),
-        (["import", "hf", "out", "--skip-mtp"], "shoestring.train.interop.hf:import_", (Path("hf"), Path("out")), {"mtp": "skip"}),
+         (Path("runs/a"), Path("out")), {"dtype": "fp8", "weights": "ema", **NOBODY}),
+        (["import", "hf", "out"], "shoestring.train.interop.hf:import_", (Path("hf"), Path("out")), {"mtp": "check", "trust": ()}),
+        (["import", "hf", "out", "--skip-mtp"], "shoestring.train.interop.hf:import_", (Path("hf"), Path("out")),
+         {"mtp": "skip", "trust": ()}),
         (["upcycle", "runs/a", "out", "model=small", "model.top_k=2"], "shoestring.train.interop.upcycle:upcycle",
-         (Path("runs/a"), Path("out"), load(["model=small", "model.top_k=2"]).model), {"seed": 0}),
+         (Path("runs/a"), Path("out"), load(["model=small", "model.top_k=2"]).model), {"seed": 0, **NOBODY}),
         (["report", "runs/a"], "shoestring.launch.report:write_report", (Path("runs/a"),), {}),
         (["sample", "runs/a", "def ", "--greedy", "--num", "2", "--weights", "ema"], "shoestring.launch.sample:show", (),
          {"source": Path("runs/a"), "prompt": "def ", "weights": "ema", "max_tokens": 200, "temperature": 0.0, "top_p": 0.95, "seed": 0,
-          "num": 2}),
+          "num": 2, **NOBODY}),
         (["data", "build", "experiment=tiny", "--shard", "1", "--num-shards", "4", "data.workers=1"], "shoestring.train.data.corpus:build",
          (load(["experiment=tiny", "data.workers=1"]).data,), {"vocab_size": 512, "shard": 1, "num_shards": 4}),
     ],

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...conf import files
 from ...conf.outside import parse_json
 from .. import metrics
 
@@ -35,7 +36,7 @@ class Alert:
 
 def keep(run_dir: Path, alert: Alert) -> None:
     """Append. A torn line before it stays one of its own."""
-    with open(run_dir / NAME, "ab+") as file:
+    with files.opened(run_dir / NAME, "ab+") as file:
         torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * bool(torn) + json.dumps(asdict(alert)).encode() + b"\n")
 

@@ -5,11 +5,13 @@ import io
 import os
 from pathlib import Path
 
+from ...conf import files
+
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, hex."""
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
+    with files.reading(path) as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
@@ -23,7 +25,7 @@ class HashedFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path):
-        self._file, self._sha, self._error = open(path, "wb", buffering=0), hashlib.sha256(), None  # noqa: SIM115
+        self._file, self._sha, self._error = files.fresh(path, buffering=0), hashlib.sha256(), None
         self.num_bytes = 0
 
     @property
@@ -79,5 +81,5 @@ def flush_folder(path: Path) -> None:
 def forget_cache(path: Path) -> None:
     """Let a file, which was flushed, be read from the disk the next time, as far as the system does as it is asked."""
     if hasattr(os, "posix_fadvise"):
-        with open(path, "rb") as file:
+        with files.reading(path) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

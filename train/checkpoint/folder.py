@@ -10,13 +10,14 @@ step_00000050.damaged/      was found to be; nothing of ours reads or removes it
 .latest                     what `latest` is about to be
 """
 
+import contextlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...conf import files
 from .files import flush_folder, write_durably
 from .manifest import CheckpointError, DamagedError, read_manifest, verify_all
 
@@ -41,7 +42,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those that were complete once, lowest step first; whether they still are is for `manifest.py` to say."""
-    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name) and not p.is_symlink()] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
@@ -58,14 +59,38 @@ def candidates(folder: Path) -> list[Path]:
 def _pointed(folder: Path) -> Path | None:
     """What `latest` says, whether that is there or not; or what it was about to say: a commit that was cut short is done but for it."""
     for pointer in (folder / NEXT, folder / LATEST):
-        name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        name = _said(pointer)
         if NAME.fullmatch(name) and (pointer.name == LATEST or (folder / name).is_dir()):
             return folder / name
     return None
 
 
+def _said(pointer: Path) -> str:
+    """What a pointer says; "" where there is none, or a link or a pipe in its place."""
+    try:
+        return files.read(pointer, 64).decode(errors="replace").strip()
+    except (FileNotFoundError, files.UnsafeFile):
+        return ""
+
+
+def refuse_link(path: Path) -> None:
+    """CheckpointError where a checkpoint, or a run's folder of them, is a link: what it leads to is somebody else's, and may change."""
+    if path.is_symlink():
+        rule = "is a symbolic link: put the checkpoint itself there, or remove the link" if NAME.fullmatch(path.name) else (
+            "is a symbolic link: let the run directory itself be the link, or set run_dir")  # fmt: skip
+        raise CheckpointError(f"{path} {rule}")
+
+
+def refuse_links(folder: Path) -> None:
+    """Likewise, of all in a folder of checkpoints."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if NAME.fullmatch(entry.name):
+            refuse_link(entry)
+
+
 def find_latest(folder: Path) -> Path | None:
-    """The first of `candidates`; told where it is not the one that `latest` names."""
+    """The first of `candidates`; told where it is not the one that `latest` names. CheckpointError for one that is a link."""
+    refuse_links(folder)
     pointed, found = _pointed(folder), next(iter(candidates(folder)), None)
     if found is not None and found != pointed:
         said = "is missing, or names no checkpoint" if pointed is None else f"names {pointed.name}, which is not there"
@@ -106,9 +131,10 @@ def torn(folder: Path) -> list[Path]:
 
 def prepare(unfinished: Path) -> None:
     """An empty folder to write into; leftovers of saves that were cut short go."""
+    refuse_link(unfinished.parent)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     for left in torn(unfinished.parent):
-        shutil.rmtree(left)
+        files.remove_tree(left)
     unfinished.mkdir()
 
 
@@ -126,7 +152,8 @@ def commit(unfinished: Path, final: Path, keep_last: int) -> None:
     os.replace(folder / NEXT, folder / LATEST)
     flush_folder(folder)
     for gone in (*folder.glob(f".*{REPLACED}"), *folder.glob(f".*{REMOVED}")):
-        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            files.remove_tree(gone)
     # Higher steps belong to a branch that this run has left: they are not its history, and not for it to remove.
     for old in [found for found in checkpoints(folder) if step_of(found) <= step_of(final)][:-keep_last]:
         remove(old)
@@ -134,9 +161,10 @@ def commit(unfinished: Path, final: Path, keep_last: int) -> None:
 
 def mend(folder: Path) -> None:
     """What a commit that was cut short has left half done: finished where it could be, else undone."""
-    if (folder / NEXT).exists():
+    refuse_link(folder)
+    if os.path.lexists(folder / NEXT):
         pointed = _pointed(folder)
-        if pointed and pointed.is_dir() and (folder / NEXT).read_text(errors="replace").strip() == pointed.name:
+        if pointed and pointed.is_dir() and _said(folder / NEXT) == pointed.name:
             os.replace(folder / NEXT, folder / LATEST)
         else:
             (folder / NEXT).unlink()
@@ -151,7 +179,7 @@ def abandon(unfinished: Path) -> None:
     """A save has failed: its files go, and the folder is as it was. Failing to remove them must not fail the run."""
     try:
         if unfinished.exists():
-            shutil.rmtree(unfinished)
+            files.remove_tree(unfinished)
         mend(unfinished.parent)
     except OSError as error:
         log.warning("%s could not be removed (%s): remove it yourself", unfinished, error)
@@ -163,7 +191,7 @@ def remove(checkpoint: Path) -> None:
         going = checkpoint.with_name(f".{checkpoint.name}{REMOVED}")
         os.rename(checkpoint, going)
         flush_folder(checkpoint.parent)
-        shutil.rmtree(going)
+        files.remove_tree(going)
     except OSError as error:
         log.warning("%s could not be removed (%s): remove it yourself", checkpoint, error)
 

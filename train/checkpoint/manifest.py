@@ -13,8 +13,10 @@ import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+from ...conf import files
 from ...conf.errors import ConfigError
 from .files import digest, forget_cache, write_durably
 
@@ -68,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest, itself undamaged. Raises DamagedError where there is none, or not the one that was written, and CheckpointError where
     it cannot be read or is another version's."""
     try:
-        body = json.loads((folder / MANIFEST).read_bytes())
+        body = json.loads(files.read(folder / MANIFEST))
         seal, version = body.pop("seal"), body["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(folder, MANIFEST, f"is damaged ({str(error)[:200]})") from None
@@ -106,6 +108,7 @@ def verify(folder: Path, file: str, manifest: Manifest, *, hashed: bool = True) 
     if Path(file).name != file or wanted is None:
         raise CheckpointError(f"{folder}: .metadata names a file {file!r} that {MANIFEST} does not: do not load it")
     try:
+        files.refuse_special(folder / file)
         size = (folder / file).stat().st_size
         if size != (written := manifest.num_bytes.get(file, size)):
             raise DamagedError(folder, file, f"is damaged (it has {size:,} bytes, {written:,} were written)")
@@ -125,6 +128,8 @@ def verify_all(folder: Path, files: Iterable[str] | None = None, *, hashed: bool
 
 def _unreadable(folder: Path, file: str, error: OSError) -> CheckpointError:
     """A file that is gone, or that the disk cannot give, is damage. One that may be there for somebody else, or later, is not."""
+    if isinstance(error, files.UnsafeFile):
+        return CheckpointError(f"{error}: a checkpoint is read from files of its own only")
     if isinstance(error, FileNotFoundError):
         return DamagedError(folder, file, "is missing: it was removed, or a copy was cut short")
     if error.errno == errno.EIO:
@@ -133,15 +138,19 @@ def _unreadable(folder: Path, file: str, error: OSError) -> CheckpointError:
 
 
 def unpickle_metadata(data: bytes) -> Any:
-    """The DCP `Metadata` in a `.metadata`: one-dimensional tensors in pieces. Raises CheckpointError on any other class or function."""
+    """The DCP `Metadata` in a `.metadata`: one-dimensional tensors in pieces. Raises CheckpointError on any other class or function, and
+    where it would change those."""
+    reader = _MetadataUnpickler(io.BytesIO(data))
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        metadata = reader.load()
         _check_pieces(metadata)
         return metadata
     except CheckpointError:
         raise
     except (Exception, MemoryError) as error:
         raise CheckpointError(f".metadata is not what shoestring writes ({type(error).__name__}: {str(error)[:200]})") from None
+    finally:
+        reader.undo()
 
 
 def _check_pieces(metadata: Any) -> None:
@@ -159,10 +168,36 @@ def _check_pieces(metadata: Any) -> None:
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds what the `.metadata` of our planner and writer holds, and nothing else."""
 
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self._were: dict[int, tuple[Any, dict[str, Any]]] = {}  # classes and functions that it was given, as they were
+
     def find_class(self, module, name):
         if name not in _ALLOWED.get(module, ()):
             raise CheckpointError(f".metadata wants {module}.{name}, which no checkpoint of shoestring holds: do not load it")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        if id(found) not in self._were:
+            self._were[id(found)] = found, _attributes(found)
+        return found
+
+    def undo(self) -> None:
+        """A pickle can set attributes of what it names (BUILD), for good and for all: they are put back, and CheckpointError raised."""
+        same = lambda now, were: now.keys() == were.keys() and all(now[name] is were[name] for name in now)
+        changed = [(found, were) for found, were in self._were.values() if not same(_attributes(found), were)]
+        for found, were in changed:
+            for name in _attributes(found).keys() - were.keys():
+                delattr(found, name)
+            for name, value in were.items():
+                if _attributes(found).get(name) is not value:
+                    setattr(found, name, value)
+        if changed:
+            names = ", ".join(str(getattr(found, "__name__", found)) for found, _ in changed)
+            raise CheckpointError(f".metadata would change {names}, which no checkpoint of shoestring does: do not load it")
+
+
+def _attributes(found: Any) -> dict[str, Any]:
+    own = dict(getattr(found, "__dict__", {}))
+    return own | {name: getattr(found, name) for name in ("__defaults__", "__kwdefaults__", "__code__") if isinstance(found, FunctionType)}
 
 
 _ALLOWED = {

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ...conf import files
 from .files import HashedFile, digest, flush_folder, forget_cache
 from .manifest import CheckpointError, DamagedError, read_manifest, unpickle_metadata, verify, write_manifest
 
@@ -183,7 +184,7 @@ class VerifiedReader(dcp.FileSystemReader):
         super().__init__(path)
         self.manifest = read_manifest(Path(path))
         verify(Path(path), METADATA, self.manifest)
-        self.metadata = unpickle_metadata(Path(path, METADATA).read_bytes())
+        self.metadata = unpickle_metadata(files.read(Path(path, METADATA)))
         self._verified: set[str] = set()
 
     def read_metadata(self, *args, **kwargs):
@@ -201,7 +202,7 @@ class VerifiedReader(dcp.FileSystemReader):
         What torch saves is a zip archive, in which the elements are stored as they are, under `.../data/0`.
         """
         place = self.storage_data[index]
-        with open(Path(self.path, place.relative_path), "rb") as file:
+        with files.reading(Path(self.path, place.relative_path)) as file:
             try:
                 header = place.offset + _stored_at(_Window(file, place.offset, place.length))
                 file.seek(header + 26)
@@ -209,9 +210,10 @@ class VerifiedReader(dcp.FileSystemReader):
                 file.seek(header + 30 + name_length + extra_length + start * out.itemsize)
                 count = file.readinto(out.view(torch.uint8).numpy())
             except (OSError, ValueError, LookupError, OverflowError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
-                raise CheckpointError(f"{file.name}: {index.fqn!r} cannot be read ({error}): it is not what torch saves") from None
+                what = f"{index.fqn!r} cannot be read ({error}): it is not what torch saves"
+                raise CheckpointError(f"{place.relative_path}: {what}") from None
         if count != out.nbytes:
-            raise CheckpointError(f"{file.name}: has {count:,} bytes of {index.fqn!r} where {out.nbytes:,} should be")
+            raise CheckpointError(f"{place.relative_path}: has {count:,} bytes of {index.fqn!r} where {out.nbytes:,} should be")
 
 
 def _stored_at(file: "_Window") -> int:

@@ -6,6 +6,8 @@ read the same documents; and nodes without a network train from a finished cache
 `datasets` brings pandas, which takes seconds to import: only where a run has such a source.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,10 +115,13 @@ class HubSource:
             c = self._config
             try:
                 if self._folder and ((self._folder / "state.json").exists() or (self._folder / "dataset_dict.json").exists()):
+                    _check_saved(self._folder)
                     saved = datasets.load_from_disk(str(self._folder))
                     rows = saved[c.split] if isinstance(saved, datasets.DatasetDict) else saved
                     self._loaded = rows.to_iterable_dataset() if c.streaming else rows
                 else:
+                    if self._folder:
+                        _check_inside(self._folder, datasets.load_dataset_builder(str(self._folder), c.subset or None))
                     self._loaded = load_dataset(
                         str(self._folder or c.dataset), c.subset or None, split=c.split, streaming=c.streaming, revision=revision or None,
                         cache_dir=str(self._cache_dir / "datasets"),
@@ -129,3 +134,21 @@ class HubSource:
         c = self._config
         return DataError(f"data source {self.name}: {c.dataset}{f' ({c.subset})' if c.subset else ''}, split {c.split}, {what}; "
                          f"see data.sources.{self.name}")  # fmt: skip
+
+
+def _check_inside(folder: Path, builder: Any) -> None:
+    """A folder's own README may name files of anywhere, an address too: ValueError for one that is not in the folder."""
+    for paths in (builder.config.data_files or {}).values():
+        for path in paths:
+            if not Path(os.path.normpath(path)).is_relative_to(folder):
+                raise ValueError(f"it names {path}, which is not in its folder")
+
+
+def _check_saved(folder: Path) -> None:
+    """Likewise, of what `save_to_disk` has written."""
+    for path in (folder / "dataset_dict.json", *folder.glob("**/state.json")):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        names = [*content.get("splits", []), *(file["filename"] for file in content.get("_data_files", []))]
+        for name in names:
+            if Path(name).name != name or name in (".", ".."):
+                raise ValueError(f"{path.name} names {name!r}, which is not in its folder")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...conf import files
 from ..metrics import BAD_LINE, from_plain
 from . import fim
 from .documents import MAX_DOCUMENT_LENGTH, Bad, DataError, Document, Piece, Source, read_hopefully
@@ -100,7 +101,7 @@ class SourceCache:
         names = ("train.bin", "eval.bin", "bad.jsonl")
         temporary = [self.path(p, f"{name}.{tag}") for name in names]
         with contextlib.ExitStack() as stack:
-            record = self._write(p, [stack.enter_context(open(path, "wb")) for path in temporary], pool, workers)
+            record = self._write(p, [stack.enter_context(files.fresh(path)) for path in temporary], pool, workers)
         for path, name in zip(temporary, names, strict=True):
             os.replace(path, self.path(p, name)) if record.bad or name != "bad.jsonl" else path.unlink()
         write_atomically(self.path(p, "json"), json.dumps(asdict(record)))
@@ -209,7 +210,7 @@ class Claim(enum.Enum):
 def locked(path: Path, *, wait: bool, log: Callable[[str], None]) -> Iterator[Claim]:
     """Hold the lock file; with `wait`, never TAKEN. The kernel drops a lock with its owner, so a dead builder holds up nobody."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with files.opened(path, "wb") as file:
         claim = _try_lock(file)
         if claim is Claim.TAKEN and wait:
             log(f"waiting for another process that builds {path.with_suffix('')}")

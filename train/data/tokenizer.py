@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ...conf import files
 from ...conf.schema import ConfigError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -139,8 +140,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    files.replace(path, text, temporary)
 
 
 def canonical_hash(value) -> str:

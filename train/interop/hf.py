@@ -9,7 +9,8 @@ small models and extrapolated, about
 """
 
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,17 +22,23 @@ from torch import Tensor
 
 from ...conf.compose import load_saved
 from ...conf.schema import ModelConfig
+from ..checkpoint.trust import Trust, check_tokenizer
 from ..data.tokenizer import load_tokenizer
 from ..model.decoder import DTYPES, CausalLM
-from .hf_checkpoint import CheckpointWeights, Rows, find_checkpoint, write_first
+from .hf_checkpoint import CheckpointWeights, Rows, model_in, trusted_checkpoint, trusted_folder, write_first
 from .hf_files import SCALE, HFFolder, NewFolder, Stored, matched, write_json, write_shards
-from .hf_format import STORED_DTYPES, HFError, Piece, model_config_from_hf, pieces, stored_dtype, to_hf_config, weight_shapes
+from .hf_format import STORED_DTYPES, HFError, Piece, pieces, stored_dtype, to_hf_config, weight_shapes
 from .hf_fp8 import grid, quantise, scales
 
 __all__ = ["CONVERSION_BYTES", "HFError", "ModelWeights", "WeightSource", "export", "filled", "import_", "load_pretrained", "write"]
 
 CONVERSION_BYTES = 128 * 2**20
 MTP = ("check", "shared-from-main", "skip")
+
+
+def tell(line: str) -> None:
+    """On standard error: what a command prints is for others to read."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class WeightSource(Protocol):
@@ -62,16 +69,22 @@ class ModelWeights:
 # ---------------------------------------------------------------- out
 
 
-def export(source: str | Path, out: str | Path, *, dtype: str = "auto", weights: str = "master", max_shard_bytes: float = 5e9) -> Path:
+def export(
+    source: str | Path, out: str | Path, *, dtype: str = "auto", weights: str = "master", max_shard_bytes: float = 5e9,
+    trust: Sequence[str] = (), signers: str = "", log: Callable[[str], None] = tell,
+) -> Path:  # fmt: skip
     """Write the newest checkpoint of the run directory `source` (or one checkpoint folder) as a Hugging Face checkpoint `out`.
 
     `dtype`: fp32, bf16, fp64, fp8, or auto, the one that the run computed in. `weights`: master, or ema, the average of them that the
-    run kept. The run's tokenizer goes along. Returns the checkpoint that was exported. Raises HFError as `write` does, and
-    CheckpointError where the checkpoint is damaged.
+    run kept. The run's tokenizer goes along. Returns the checkpoint that was exported. `trust`, `signers`: as
+    `train/checkpoint/trust.py` has them. Raises HFError as `write` does, and CheckpointError where the checkpoint is damaged, or not ours.
     """
-    checkpoint, run_dir = find_checkpoint(Path(source))
+    checkpoint, run_dir, verdict = trusted_checkpoint(Path(source), Trust(words=tuple(trust), signers=signers), log)
     held = CheckpointWeights(checkpoint, weights)
     tokenizer, saved = run_dir / "tokenizer.json", run_dir / "config.yaml"
+    end = load_saved(saved).data.tokenizer.end_of_document if saved.is_file() else ""
+    if tokenizer.is_file() and not verdict.ours:
+        check_tokenizer(checkpoint, held.tokenizer, load_tokenizer(tokenizer, end).fingerprint, verdict)
     write(
         held,
         held.m,
@@ -79,7 +92,7 @@ def export(source: str | Path, out: str | Path, *, dtype: str = "auto", weights:
         dtype=held.precision if dtype == "auto" else dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer if tokenizer.is_file() else None,
-        end_of_document=load_saved(saved).data.tokenizer.end_of_document if saved.is_file() else "",
+        end_of_document=end,
     )
     return checkpoint
 
@@ -161,7 +174,10 @@ def _write_tokenizer(path: Path, end_of_document: str, folder: Path, max_seq_len
 # ---------------------------------------------------------------- in
 
 
-def import_(hf_dir: str | Path, out: str | Path, *, name: str = "imported", mtp: str = "check") -> Path:
+def import_(
+    hf_dir: str | Path, out: str | Path, *, name: str = "imported", mtp: str = "check", trust: Sequence[str] = (),
+    log: Callable[[str], None] = tell,
+) -> Path:  # fmt: skip
     """Make a Hugging Face checkpoint one that training starts from; returns that checkpoint.
 
     out/checkpoints/step_00000000   FP32 masters (FP8 is de-quantised), zero moments: for checkpoint.resume=
@@ -172,7 +188,7 @@ def import_(hf_dir: str | Path, out: str | Path, *, name: str = "imported", mtp:
     shared-from-main (take the model's), skip (leave the modules out). The folder has its name only once it is whole. Raises HFError as
     `load_pretrained` does, and where `out` is not empty.
     """
-    out, folder = Path(out), HFFolder(Path(hf_dir))
+    out, folder = Path(out), HFFolder(trusted_folder(Path(hf_dir), Trust(words=tuple(trust)), log))
     m = _model_of(folder, mtp, name=name)
     parts = matched(folder, m, mtp=mtp)
     with NewFolder(out) as new:
@@ -225,4 +241,4 @@ def _model_of(folder: HFFolder, mtp: str, name: str = "imported") -> ModelConfig
     if mtp not in MTP:
         raise HFError(f"mtp = {mtp}: must be one of {', '.join(MTP)}")
     config = folder.config | ({"num_nextn_predict_layers": 0} if mtp == "skip" else {})
-    return model_config_from_hf(config, name=name)
+    return model_in(folder, config, name=name)

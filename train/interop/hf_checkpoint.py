@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,11 +16,12 @@ from ...conf.build import section
 from ...conf.schema import ModelConfig
 from ...parallel.optimizer.zero import Chunk
 from ..checkpoint.checkpointer import Archive
-from ..checkpoint.folder import NAME, commit, find_latest
+from ..checkpoint.folder import NAME, commit, find_latest, refuse_link
 from ..checkpoint.manifest import MANIFEST, understood
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
-from .hf_files import give_back
-from .hf_format import HFError, Piece, pieces, weight_shapes
+from ..checkpoint.trust import Trust, Verdict, of_checkpoint, of_folder
+from .hf_files import INDEX, HFFolder, give_back
+from .hf_format import HFError, Piece, model_config_from_hf, pieces, weight_shapes
 
 MASTER, MOMENTS, EMA = ".master", (".exp_avg", ".exp_avg_sq"), ".ema"
 BIAS = ".router.bias"
@@ -27,6 +29,41 @@ FIRST = "step_00000000"
 WEIGHTS = {"master": MASTER, "ema": EMA}
 
 Rows = Callable[[Piece, int, int], Tensor]  # rows first to last of a piece, in any shape and dtype
+
+
+# What is read of a Hugging Face folder.
+TAKEN = ("config.json", "tokenizer.json", "tokenizer_config.json", INDEX, "*.safetensors")
+
+
+def trusted_checkpoint(source: Path, trust: Trust, log: Callable[[str], None]) -> tuple[Path, Path, Verdict]:
+    """`find_checkpoint`, where it and its run's settings and tokenizer may be taken: (checkpoint, run directory, why). `log` hears of one
+    that is not ours. Raises CheckpointError for one that is not trusted."""
+    checkpoint, run_dir = find_checkpoint(source)
+    verdict = of_checkpoint(checkpoint, trust, run_dir / "config.yaml", run_dir / "tokenizer.json")
+    if verdict.told:
+        log(verdict.told)
+    return checkpoint, run_dir, verdict
+
+
+def trusted_folder(source: Path, trust: Trust, log: Callable[[str], None]) -> Path:
+    """Likewise, of a Hugging Face folder."""
+    if told := of_folder(source, trust, TAKEN).told:
+        log(told)
+    return source
+
+
+def model_in(folder: HFFolder, config: dict[str, Any], *, name: str = "imported") -> ModelConfig:
+    """What the folder's config.json describes (`config`: as it is to be read). Raises HFError for one that cannot be understood, and for
+    more blocks or experts than its files could hold, before anything is made of such numbers."""
+    try:
+        m = model_config_from_hf(config, name=name)
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise HFError(f"{folder.path / 'config.json'}: is not understood ({type(error).__name__}: {error})") from None
+    most = max([len(folder.shapes), *(shape[0] for shape in folder.shapes.values() if shape)], default=0)
+    for field, count in (("num_hidden_layers", m.num_blocks), ("n_routed_experts", m.num_experts)):
+        if count > most:
+            raise HFError(f"{folder.path / 'config.json'}: {field} asks for {count:,}, and the files have tensors for {most:,} at most")
+    return m
 
 
 class CheckpointWeights:
@@ -41,11 +78,13 @@ class CheckpointWeights:
         self._archive, self._suffix = Archive(path), WEIGHTS[kind]
         if not any(name.endswith(self._suffix) for name in self._archive.names()):
             raise HFError(f"{path}: holds no {kind} weights" + (": was optim.ema_decay 0?" if kind == "ema" else ""))
+        extra = self._archive.extra
         with understood(path):
-            self.m = section(ModelConfig, self._archive.extra["model"], "model").freeze()
-            self.precision: str = self._archive.extra["precision"]
-            placement = self._archive.extra.get("placement") or {}
-            self._slot_of = {int(layer): {e: slot for slot, e in enumerate(table)} for layer, table in placement.items()}
+            self.m = section(ModelConfig, extra["model"], "model").freeze()
+            self.precision = str(extra["precision"])
+            self.tokenizer: str | None = extra.get("tokenizer")  # its fingerprint
+            placement = extra.get("placement") or {}
+            self._slot_of = {int(layer): {int(e): slot for slot, e in enumerate(table)} for layer, table in placement.items()}
 
     def names(self) -> list[str]:
         return [n.removesuffix(self._suffix) for n in self._archive.names() if n.endswith((self._suffix, BIAS))]
@@ -63,6 +102,7 @@ class CheckpointWeights:
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
     """(checkpoint, run directory) of a run directory, its folder `checkpoints`, or a checkpoint in that. HFError if there is none."""
+    refuse_link(source) if NAME.fullmatch(source.name) else None
     if (source / MANIFEST).is_file() or (source.is_dir() and NAME.fullmatch(source.name)):
         return source, source.resolve().parent.parent
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source

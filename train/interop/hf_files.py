@@ -81,8 +81,8 @@ class HFFolder:
         if not isinstance(claimed, dict) or not claimed:
             raise HFError(f"{self.path / INDEX}: has no weight_map")
         for file in claimed.values():
-            if not isinstance(file, str) or not file.isprintable() or not file or Path(file).name != file:
-                raise HFError(f"{self.path / INDEX}: {str(file)[:80]!r} is not the name of a file in this folder")
+            if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or not file.endswith(".safetensors"):
+                raise HFError(f"{self.path / INDEX}: {str(file)[:80]!r} is not the name of a safetensors file in this folder")
         return claimed
 
     def _read_header(self, file: str) -> None:

@@ -15,17 +15,19 @@ holds about; so it does where n does not divide top_k, when each token gets top_
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...conf.schema import ModelConfig
+from ..checkpoint.trust import Trust
 from ..model.decoder import initial_weight
-from .hf import read_rows, write_model
-from .hf_checkpoint import CheckpointWeights, Rows, find_checkpoint, write_first
+from .hf import read_rows, tell, write_model
+from .hf_checkpoint import CheckpointWeights, Rows, model_in, trusted_checkpoint, trusted_folder, write_first
 from .hf_files import HFFolder, NewFolder, matched
-from .hf_format import HFError, Piece, model_config_from_hf, pieces, stored_dtype
+from .hf_format import HFError, Piece, pieces, stored_dtype
 
 # What a MoE may have otherwise than the dense model that it is made from.
 _FREE = {
@@ -34,7 +36,10 @@ _FREE = {
 }  # fmt: skip
 
 
-def upcycle(source: str | Path, out: str | Path, m: ModelConfig, *, seed: int = 0) -> Path:
+def upcycle(
+    source: str | Path, out: str | Path, m: ModelConfig, *, seed: int = 0, trust: Sequence[str] = (), signers: str = "",
+    log: Callable[[str], None] = tell,
+) -> Path:  # fmt: skip
     """Make a dense run, checkpoint, or Hugging Face folder one that the MoE `m` starts training from; returns that checkpoint.
 
     out/checkpoints/step_00000000   FP32 masters, zero moments: for checkpoint.resume=
@@ -44,7 +49,7 @@ def upcycle(source: str | Path, out: str | Path, m: ModelConfig, *, seed: int = 
     blocks stay dense. `seed` draws router rows. Raises HFError where source and `m` differ in more than routing, where the expert hidden
     dim does not divide the dense one, and where `out` is not empty.
     """
-    dense, precision, rows = _open(Path(source))
+    dense, precision, rows = _open(Path(source), Trust(words=tuple(trust), signers=signers), log)
     _check(dense, m, source)
     by_name = {p.name: p for p in pieces(dense)}
     read = _Upcycled(dense, m, by_name, rows, seed)
@@ -122,14 +127,14 @@ def weight_sum(m: ModelConfig) -> float:
     return m.route_scale * m.top_k * (0.5 if m.score_func == "sigmoid" else 1 / m.num_experts)
 
 
-def _open(source: Path) -> tuple[ModelConfig, str, Rows]:
+def _open(source: Path, trust: Trust, log: Callable[[str], None]) -> tuple[ModelConfig, str, Rows]:
     """Model, precision and rows of a Hugging Face folder, run or checkpoint."""
     if (source / "config.json").is_file():
-        folder = HFFolder(source)
-        m = model_config_from_hf(folder.config)
+        folder = HFFolder(trusted_folder(source, trust, log))
+        m = model_in(folder, folder.config)
         matched(folder, m)
         return m, stored_dtype(folder.config), folder.read
-    weights = CheckpointWeights(find_checkpoint(source)[0])
+    weights = CheckpointWeights(trusted_checkpoint(source, trust, log)[0])
     return weights.m, weights.precision, lambda piece, first, last: read_rows(weights, piece, first, last)
 
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ...conf import files
 from .. import metrics
 from .sink import Sink
 
@@ -22,7 +23,7 @@ class JsonlSink(Sink):
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _mend_last_line(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = files.opened(self.path, "a", encoding="utf-8")
         self._file.write(metrics.to_line(record))
         self._file.flush()
 
@@ -33,9 +34,9 @@ class JsonlSink(Sink):
 
 def _mend_last_line(path: Path) -> None:
     """Cut a torn last line off, or the next record would be glued to it and lost too."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    with open(path, "rb+") as file:
+    with files.opened(path, "rb+") as file:
         file.seek(0, os.SEEK_END)
         end = file.tell()
         while end > 0:

@@ -1,6 +1,7 @@
 """Weights & Biases: one run there for one run directory, however often it is started again."""
 
 import math
+import os
 import sys
 import uuid
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...conf import files
 from ...conf.compose import to_yaml
 from ...conf.schema import Config
 from .. import metrics
@@ -58,11 +60,11 @@ class WandbSink(Sink):
         self._run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file = run_dir / "wandb_id.txt"
-        if not id_file.exists():
+        if not os.path.lexists(id_file):
             metrics.replace_file(id_file, uuid.uuid4().hex[:12] + "\n")
         seconds = max(1, math.ceil(timeout_s))
         self._run = wandb.init(
-            project=project, name=config.name, id=id_file.read_text().strip(), dir=run_dir, mode=mode,
+            project=project, name=config.name, id=files.read(id_file, 64).decode(errors="replace").strip(), dir=run_dir, mode=mode,
             group=config.launch.wandb_group or None,
             resume="allow", config=settings_of(config), job_type="train",
             settings=wandb.Settings(init_timeout=seconds, login_timeout=seconds, finish_timeout=seconds, console="off", quiet=True,

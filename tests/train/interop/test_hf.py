@@ -265,7 +265,7 @@ def _first(folder):
         (lambda f: _first(f).write_bytes(_first(f).read_bytes()[:-1]), "is not a whole safetensors file"),
         (lambda f: _edit_index(f, lambda w: w.pop(UP)), f"does not list {UP}"),
         (lambda f: _edit_index(f, lambda w: w.update({UP: _first(f).name})), f"says that {UP} is in {'model-00001'}"),
-        (lambda f: _edit_index(f, lambda w: w.update({UP: "../elsewhere.safetensors"})), "is not the name of a file in this folder"),
+        (lambda f: _edit_index(f, lambda w: w.update({UP: "../elsewhere.safetensors"})), "is not the name of a safetensors file in"),
         (lambda f: (f / hf_files.INDEX).write_text("{"), "is not JSON"),
         (lambda f: (f / "config.json").unlink(), "cannot be read"),
         (lambda f: (f / hf_files.INDEX).unlink(), "has neither"),
