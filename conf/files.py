@@ -59,13 +59,13 @@ def descriptor(path: str | Path, flags: int, permissions: int = 0o666) -> int:
 def fresh(path: str | Path, *, private: bool = False, **options: Any) -> IO[bytes]:
     """A new file, for writing bytes. What had its name goes: of a link the link. `private`: for nobody but this user."""
     for last in range(_TRIES):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_TRICKS, 0o600 if private else 0o666)
         except FileExistsError:
             if last == _TRIES - 1:
                 raise
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         else:
             os.set_blocking(handle, True)
             return open(handle, "wb", **options)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shoestring.train.checkpoint import files
+from shoestring.conf import files
 from shoestring.train.checkpoint.manifest import MANIFEST
 
 # ---------------------------------------------------------------- damage to a checkpoint that is there
