@@ -57,7 +57,7 @@ SHAPES = (
            + _NOT_DIGITS + r"(?P<secret>[^\s'\"$/~.][^\s'\"]{7,})"),
     _shape("a key or password", r"(?:api[_-]?key|secret[_-]?(?:access[_-]?)?key|access[_-]?token|auth[_-]?token|password|passwd)"
            r"['\"]?(?:=|: ?| = )['\"]?(?P<secret>(?=[^\s'\",;}\]]{0,200}\d)[^\s'\",;}\]]{8,})", re.IGNORECASE),
-    _shape("a token", r"--(?:[a-z-]{0,40}-)?(?:token|key|secret|password)[ =](?P<secret>(?=\S{0,200}\d)[^\s'\"]{8,})"),
+    _shape("a token", r"--(?:[a-z-]{0,40}-)?(?:token|key|secret|password)[ =](?P<secret>(?=\S{0,200}\d)[^\s'\"$/~.][^\s'\"]{7,})"),
     _shape("a private key", r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?P<secret>[A-Za-z0-9+/=\s\\]+)"),
 )  # fmt: skip
 

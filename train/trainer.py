@@ -206,7 +206,7 @@ class _Session:
         chunks = self.part.engine.chunks(saving=False) | {f"rng.{self.rank}": Chunk(rng.numel(), 0, rng)}
         # Random state belongs to a rank: under another layout some of it has no owner, and some ranks keep their own.
         extra = self.checkpointer.load(start, chunks, optional=lambda name: name.startswith("rng.") or may_lack(name))
-        with understood(start):
+        with understood(start, passing=(ConfigError,)):
             self._take_state(start, extra)
         torch.set_rng_state(rng)
 

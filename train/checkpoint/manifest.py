@@ -17,7 +17,6 @@ from types import FunctionType
 from typing import Any
 
 from ...conf import files
-from ...conf.errors import ConfigError
 from .files import digest, forget_cache, write_durably
 
 MANIFEST = "manifest.json"
@@ -91,11 +90,12 @@ def _maps(value: Any, kind: type) -> bool:
 
 
 @contextlib.contextmanager
-def understood(folder: Path) -> Iterator[None]:
-    """While what a manifest says beside its hashes is taken: it can be whole, and of another program. Raises CheckpointError, then."""
+def understood(folder: Path, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """While what a manifest says beside its hashes is taken: it can be whole, and of another program. Raises CheckpointError, then;
+    `passing`: errors that say something else."""
     try:
         yield
-    except ConfigError:
+    except passing:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, OverflowError) as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
