@@ -97,21 +97,21 @@ TESTS = ["make test", "python -m shoestring.launch.plan.ladder docs --check"]
 
 
 def test_where_everything_is_there_nothing_is_installed(machine):
-    assert machine(1000, "make", "g++", "google-chrome", "chromedriver", "prometheus", "apt-get", "sudo") == (0, TESTS, "")
+    assert machine(1000, "make", "g++", "google-chrome", "chromedriver", "prometheus", "ssh-keygen", "apt-get", "sudo") == (0, TESTS, "")
 
 
 def test_root_installs_what_is_missing(machine):
     code, called, _ = machine(0, "make", "apt-get", "sudo")
     assert code == 0 and called[2:] == TESTS and called[0] == "apt-get update -qq"
-    assert called[1].startswith("apt-get install ") and called[1].endswith(" g++ chromium chromium-driver prometheus")
+    assert called[1].startswith("apt-get install ") and called[1].endswith(" g++ chromium chromium-driver prometheus openssh-client")
 
 
 def test_another_user_installs_it_with_sudo(machine):
-    code, called, _ = machine(1000, "make", "chromium", "chromedriver", "prometheus", "apt-get", "sudo")
+    code, called, _ = machine(1000, "make", "chromium", "chromedriver", "prometheus", "ssh-keygen", "apt-get", "sudo")
     assert code == 0 and called[-2:] == TESTS
     assert [line.split()[0] for line in called[:-2]] == ["sudo", "apt-get", "sudo", "apt-get"] and called[3].endswith(" g++")
 
 
 def test_without_either_it_says_what_is_wanted(machine):
-    code, called, err = machine(1000, "make", "prometheus", "apt-get")
+    code, called, err = machine(1000, "make", "prometheus", "ssh-keygen", "apt-get")
     assert code == 1 and called == [] and err == "error: g++ chromium chromium-driver must be installed, which takes root or sudo\n"
