@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..conf import files
 from ..conf.errors import ConfigError
 from ..conf.outside import parse_json
 from .data.documents import DataError
@@ -60,7 +61,7 @@ def read(run_dir: Path) -> list[Window]:
     """Raises DataError for a file that is not as it was written: without it a run would train on what it has found to be bad."""
     path = run_dir / NAME
     try:
-        return [from_plain(Window, entry) for entry in parse_json(path.read_text(encoding="utf-8"))] if path.exists() else []
+        return [from_plain(Window, entry) for entry in parse_json(files.read(path))] if path.exists() else []
     except (OSError, *BAD_LINE) as error:
         rule = "put a whole copy there, or name the samples in data.skip and remove it"
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}): {rule}") from None
