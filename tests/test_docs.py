@@ -10,7 +10,7 @@ from shoestring.train.metrics import StepRecord, Summary
 from shoestring.train.sinks.wandb_run import wandb_values
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -18,6 +18,12 @@ def test_tests_that_a_page_names(page):
     for path, test in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8")):
         source = (ROOT / path).read_text(encoding="utf-8")
         assert not test or f"def {test}(" in source, f"{path}::{test}"
+
+
+def test_every_promise_names_its_test():
+    promised = (ROOT / "SECURITY.md").read_text(encoding="utf-8").split("## What is promised")[1].split("## What is not promised")[0]
+    rows = [line for line in promised.splitlines() if line.startswith("| ") and not line.startswith("| ---") and " test |" not in line]
+    assert len(rows) > 20 and all(re.search(r"`tests/\w+", row.split("|")[-2]) for row in rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
