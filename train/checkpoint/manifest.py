@@ -160,7 +160,7 @@ def _check_pieces(metadata: Any) -> None:
         ends = [chunk.offsets[0] + chunk.sizes[0] for chunk in tensor.chunks if len(chunk.offsets) == len(chunk.sizes) == 1]
         if type(name) is not str or len(tensor.size) != 1 or len(ends) != len(tensor.chunks) or max(ends, default=0) > numel:
             raise ValueError(f"{str(name)[:80]!r} is no tensor of one dimension")
-    for place in metadata.storage_data.values():
+    for place in (metadata.storage_data or {}).values():
         if type(place.relative_path) is not str or min(place.offset, place.length) < 0 or place.transform_descriptors:
             raise ValueError(f"{str(place)[:80]} is no place in a file")
 
