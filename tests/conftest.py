@@ -21,7 +21,7 @@ settings.load_profile("shoestring")
 
 
 # By pytest-xdist files are handed out in order: one that takes minutes, and comes last, is waited for alone.
-_LONG = ("test_tutorial", "test_slurm_limits", "test_slurm_faults", "test_verify", "test_slurm_sweeps", "test_fuzz", "test_recipe", "test_ledger")
+_LONG = ("test_tutorial", "test_slurm_limits", "test_slurm_faults", "test_verify", "test_slurm_sweeps", "test_fuzz", "test_recipe")
 
 
 def pytest_collection_modifyitems(items):
