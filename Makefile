@@ -18,7 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 installed := $(VENV)/.installed
 torch := $(shell grep '^torch==' constraints.txt)
-pip := $(VENV)/bin/python -m pip install -qq --progress-bar off
+again := $(if $(wildcard $(VENV)/.installing),--ignore-installed)
+pip := $(VENV)/bin/python -m pip install -qq --progress-bar off $(again)
 
 # What requirements.lock lists is taken with the hash that it lists, or not at all, and nothing else is taken along. A wheel runs nothing when it
 # is installed; these two exist as source only, and are built with what is there, since pip would fetch what builds them without a hash.
@@ -62,19 +63,20 @@ wheel: $(installed)
 
 install: $(installed)
 
-# The stamp is written last: an install that broke off is taken up again by the next make.
+# The stamp is written last. What an install that broke off was at counts as installed, and may lack files: the next make installs all again.
 $(installed): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "error: $(PYTHON) is not Python 3.10 to 3.13, which constraints.txt is made for; choose one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@test -x $(VENV)/bin/python || { echo "Creating $(VENV) ..."; $(PYTHON) -m venv $(VENV); } || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt-get install python3-venv)" >&2; exit 2; }
+	@touch $(VENV)/.installing
 	@echo "Installing Shoestring's dependencies into $(VENV): a minute or two ..."
 	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock | $(locked) --requirement /dev/stdin
 	@$(locked) --requirement requirements.lock
 	@echo "Installing $(torch): from one minute to ten, as the network allows ..."
 	@$(pip) --constraint constraints.txt $(torch)
 	@$(pip) --no-deps --no-build-isolation --editable .
-	@touch $@
+	@mv $(VENV)/.installing $@
 	@echo "Installed."
 
 clean:
