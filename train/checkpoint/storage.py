@@ -17,7 +17,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
@@ -185,6 +192,7 @@ class VerifiedReader(dcp.FileSystemReader):
         self.manifest = read_manifest(Path(path))
         verify(Path(path), METADATA, self.manifest)
         self.metadata = unpickle_metadata(files.read(Path(path, METADATA)))
+        _check_placed(self.metadata)
         self._verified: set[str] = set()
 
     def read_metadata(self, *args, **kwargs):
@@ -261,6 +269,19 @@ def write_item(name, chunk) -> WriteItem:
 
 def _hashed(result: WriteResult, sha256: str, num_bytes: int) -> _HashedResult:
     return _HashedResult(**{f.name: getattr(result, f.name) for f in fields(WriteResult)}, sha256=sha256, num_bytes=num_bytes)
+
+
+def _check_placed(metadata: Metadata) -> None:
+    """CheckpointError unless what `.metadata` names are tensors, each piece of them with a place in a file."""
+    try:
+        for name, tensor in metadata.state_dict_metadata.items():
+            if isinstance(tensor, TensorStorageMetadata) and not isinstance(tensor.properties.dtype, torch.dtype):
+                raise ValueError(f"{name!r} has no dtype")
+            for chunk in getattr(tensor, "chunks", ()):
+                metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+    except Exception as error:  # classes are right, and what they hold is anything
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{METADATA} is not what shoestring writes ({what}): do not load it") from None
 
 
 def _check_cover(name: str, numel: int, ranges: Iterable[tuple[int, int]], *, once: bool) -> None:
