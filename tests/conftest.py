@@ -20,14 +20,6 @@ settings.register_profile("shoestring", deadline=None, derandomize=os.environ.ge
 settings.load_profile("shoestring")
 
 
-# By pytest-xdist files are handed out in order: one that takes minutes, and comes last, is waited for alone.
-_LONG = ("test_tutorial", "test_slurm_limits", "test_slurm_faults", "test_verify", "test_slurm_sweeps", "test_fuzz", "test_recipe")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: next((i for i, name in enumerate(_LONG) if item.path.stem == name), len(_LONG)))
-
-
 def _kept(load):
     """A configuration is a function of its words, and composing one takes 0.2 s: of each rank of each test. So it is kept in a file for
     the ranks that are forked later, and one of several ranks that want it at once composes it."""
