@@ -17,13 +17,14 @@ DEEPEST = 64  # levels of YAML
 MOST_VALUES = 100_000  # of YAML, aliases counted as what they stand for
 MOST_BYTES = 4 << 20  # of a file of settings
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_SURROGATE = {str: re.compile(r"\\u[dD]"), bytes: re.compile(rb"\\u[dD]")}
+_SURROGATE = re.compile(r"\\u[dD]")
 
 
 def parse_json(text: str | bytes) -> Any:
     """Raises ValueError, also for half a surrogate pair, which no file can hold, or RecursionError."""
+    text = text.decode() if isinstance(text, bytes) else text  # json would let half a pair through here, too
     value = json.loads(text)
-    if _SURROGATE[type(text)].search(text):
+    if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
