@@ -38,6 +38,8 @@ def read_yaml(path: str | Path) -> Any:
             raise ConfigError("config", str(path), f"has over {MOST_BYTES:,} bytes, as no settings have")
         _check_size(data, str(path))
         return yaml.load(data, Loader=_SafeLoader)  # noqa: S506  # nosec B506  # either is safe
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:

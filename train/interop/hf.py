@@ -25,9 +25,9 @@ from ...conf.schema import ModelConfig
 from ..checkpoint.trust import Trust, check_tokenizer
 from ..data.tokenizer import load_tokenizer
 from ..model.decoder import DTYPES, CausalLM
-from .hf_checkpoint import CheckpointWeights, Rows, model_in, trusted_checkpoint, trusted_folder, write_first
+from .hf_checkpoint import CheckpointWeights, Rows, trusted_checkpoint, trusted_folder, write_first
 from .hf_files import SCALE, HFFolder, NewFolder, Stored, matched, write_json, write_shards
-from .hf_format import STORED_DTYPES, HFError, Piece, pieces, stored_dtype, to_hf_config, weight_shapes
+from .hf_format import STORED_DTYPES, HFError, Piece, model_config_from_hf, pieces, stored_dtype, to_hf_config, weight_shapes
 from .hf_fp8 import grid, quantise, scales
 
 __all__ = ["CONVERSION_BYTES", "HFError", "ModelWeights", "WeightSource", "export", "filled", "import_", "load_pretrained", "write"]
@@ -241,4 +241,4 @@ def _model_of(folder: HFFolder, mtp: str, name: str = "imported") -> ModelConfig
     if mtp not in MTP:
         raise HFError(f"mtp = {mtp}: must be one of {', '.join(MTP)}")
     config = folder.config | ({"num_nextn_predict_layers": 0} if mtp == "skip" else {})
-    return model_in(folder, config, name=name)
+    return model_config_from_hf(config, name=name)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,8 +19,8 @@ from ..checkpoint.folder import NAME, commit, find_latest, refuse_link
 from ..checkpoint.manifest import MANIFEST, understood
 from ..checkpoint.storage import ChunkSavePlanner, HashedWriter, write_item
 from ..checkpoint.trust import Trust, Verdict, of_checkpoint, of_folder
-from .hf_files import INDEX, HFFolder, give_back
-from .hf_format import HFError, Piece, model_config_from_hf, pieces, weight_shapes
+from .hf_files import INDEX, give_back
+from .hf_format import HFError, Piece, pieces, weight_shapes
 
 MASTER, MOMENTS, EMA = ".master", (".exp_avg", ".exp_avg_sq"), ".ema"
 BIAS = ".router.bias"
@@ -50,20 +49,6 @@ def trusted_folder(source: Path, trust: Trust, log: Callable[[str], None]) -> Pa
     if told := of_folder(source, trust, TAKEN).told:
         log(told)
     return source
-
-
-def model_in(folder: HFFolder, config: dict[str, Any], *, name: str = "imported") -> ModelConfig:
-    """What the folder's config.json describes (`config`: as it is to be read). Raises HFError for one that cannot be understood, and for
-    more blocks or experts than its files could hold, before anything is made of such numbers."""
-    try:
-        m = model_config_from_hf(config, name=name)
-    except (TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise HFError(f"{folder.path / 'config.json'}: is not understood ({type(error).__name__}: {error})") from None
-    most = max([len(folder.shapes), *(shape[0] for shape in folder.shapes.values() if shape)], default=0)
-    for field, count in (("num_hidden_layers", m.num_blocks), ("n_routed_experts", m.num_experts)):
-        if count > most:
-            raise HFError(f"{folder.path / 'config.json'}: {field} asks for {count:,}, and the files have tensors for {most:,} at most")
-    return m
 
 
 class CheckpointWeights:

@@ -25,9 +25,9 @@ from ...conf.schema import ModelConfig
 from ..checkpoint.trust import Trust
 from ..model.decoder import initial_weight
 from .hf import read_rows, tell, write_model
-from .hf_checkpoint import CheckpointWeights, Rows, model_in, trusted_checkpoint, trusted_folder, write_first
+from .hf_checkpoint import CheckpointWeights, Rows, trusted_checkpoint, trusted_folder, write_first
 from .hf_files import HFFolder, NewFolder, matched
-from .hf_format import HFError, Piece, pieces, stored_dtype
+from .hf_format import HFError, Piece, model_config_from_hf, pieces, stored_dtype
 
 # What a MoE may have otherwise than the dense model that it is made from.
 _FREE = {
@@ -131,7 +131,7 @@ def _open(source: Path, trust: Trust, log: Callable[[str], None]) -> tuple[Model
     """Model, precision and rows of a Hugging Face folder, run or checkpoint."""
     if (source / "config.json").is_file():
         folder = HFFolder(trusted_folder(source, trust, log))
-        m = model_in(folder, folder.config)
+        m = model_config_from_hf(folder.config)
         matched(folder, m)
         return m, stored_dtype(folder.config), folder.read
     weights = CheckpointWeights(trusted_checkpoint(source, trust, log)[0])
